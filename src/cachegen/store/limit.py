@@ -9,7 +9,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from cachegen.errors import ConfigError
-from cachegen.store.base import BytesLike, Store, check_range, view_bytes
+from cachegen.store.base import (
+    BytesLike,
+    CreatingStore,
+    Store,
+    check_range,
+    lacks,
+    view_bytes,
+)
 
 # Slices of this many seconds: far above what a sleep overshoots by, short enough to share fairly.
 _SLICE_S = 0.01
@@ -74,6 +81,15 @@ class RateLimitedStore:
             self._wait_latency()
             self._transfer(view_bytes(data).nbytes)
         self.inner.put(name, data)
+
+    def put_if_absent(self, name: str, data: BytesLike) -> bool:
+        """Store data unless name is taken, as put does. Raises: ConfigError, as inner."""
+        if not isinstance(self.inner, CreatingStore):
+            raise lacks(self.inner, "create without replacing")
+        if self.limit_writes:
+            self._wait_latency()
+            self._transfer(view_bytes(data).nbytes)
+        return self.inner.put_if_absent(name, data)
 
     def get(self, name: str) -> bytes | None:
         """Read a value whole, at the rate of the link. Raises: as inner."""
