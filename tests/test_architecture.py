@@ -27,7 +27,7 @@ ALLOWED = {
     "codec": BASE | {"native", "profile"},
     "store": BASE,
     "hf": BASE | {"kvfile"},
-    "stream": BASE | {"native", "profile", "codec"},
+    "stream": BASE | {"native", "profile", "codec", "store"},
     "connectors": BASE | {"native", "profile", "codec", "store", "stream", "hf"},
 }
 EVERYTHING = set(ALLOWED) | {"bench"}

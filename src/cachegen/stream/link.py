@@ -16,8 +16,8 @@ from typing import Protocol, TypeVar
 QUEUE_S = 0.025
 MIN_SLICE_BYTES = 16 << 10
 MAX_SLICE_BYTES = 8 << 20
-# A sample of the rate lasts at least this long, or until the link falls idle.
-SAMPLE_S = 0.01
+# A sample of the rate lasts at least this long.
+SAMPLE_S = 0.005
 LATENCY_WINDOW = 64
 # Every so many slices the request that waited longest gets one, whatever its deadline.
 FAIR_EVERY = 4
@@ -31,14 +31,16 @@ HEDGE_BURST = 2.0
 
 
 class LinkMeter:
-    """Measures rate and latency of a link from when reads begin, bring bytes and end."""
+    """Measures rate and latency of a link from when reads begin, bring bytes and end.
+
+    in_flight, in_flight_bytes: reads that have not ended, and what of them is still to come.
+    """
 
     def __init__(self) -> None:
-        self.rate_bytes_per_s: float | None = None
-        self.received_bytes = 0
+        self.in_flight = 0
         self.in_flight_bytes = 0
-        self._in_flight = 0
         self._since_s = 0.0
+        self._busy_s = 0.0
         self._bytes = 0
         self._latencies: deque[float] = deque(maxlen=LATENCY_WINDOW)
 
@@ -48,42 +50,37 @@ class LinkMeter:
         return min(self._latencies, default=0.0)
 
     def begin(self, size_bytes: int, now_s: float) -> None:
-        """A read of so many bytes is sent."""
-        if self._in_flight == 0:
-            self._since_s, self._bytes = now_s, 0
-        self._in_flight += 1
+        """Take in that a read of so many bytes is sent."""
+        if self.in_flight == 0:
+            # Until the first byte can be here the link carries nothing.
+            self._since_s = now_s + self.latency_s
+        self.in_flight += 1
         self.in_flight_bytes += size_bytes
 
     def receive(self, size_bytes: int, now_s: float) -> tuple[int, float] | None:
-        """Bytes came. Returns: a sample (bytes, seconds that they took) when one is complete."""
+        """Take in bytes. Returns: (bytes, seconds that they took), once that says something."""
         self._bytes += size_bytes
-        self.received_bytes += size_bytes
         self.in_flight_bytes = max(0, self.in_flight_bytes - size_bytes)
-        return self._sample(now_s) if now_s - self._since_s >= SAMPLE_S else None
+        self._busy_s += max(0.0, now_s - self._since_s)
+        self._since_s = max(now_s, self._since_s)
+        if self._busy_s < SAMPLE_S or self._bytes == 0:
+            return None
+        sample = (self._bytes, self._busy_s)
+        self._bytes, self._busy_s = 0, 0.0
+        return sample
 
-    def end(
-        self, *, left_bytes: int, latency_s: float | None, now_s: float
-    ) -> tuple[int, float] | None:
-        """A read is over.
+    def end(self, *, left_bytes: int, latency_s: float | None) -> None:
+        """Take in that a read is over.
 
         left_bytes: of it did not come. latency_s: what it took beyond the transfer, if known.
-        Returns: as ``receive``.
         """
-        self._in_flight -= 1
+        self.in_flight -= 1
         self.in_flight_bytes = max(0, self.in_flight_bytes - left_bytes)
         if latency_s is not None:
             self._latencies.append(max(0.0, latency_s))
-        return self._sample(now_s) if self._in_flight == 0 else None
 
-    def _sample(self, now_s: float) -> tuple[int, float] | None:
-        sample = (self._bytes, now_s - self._since_s)
-        self._since_s, self._bytes = now_s, 0
-        return sample if sample[0] > 0 and sample[1] > 0 else None
-
-    def window_bytes(self, rate_bytes_per_s: float | None) -> int:
+    def window_bytes(self, rate_bytes_per_s: float) -> int:
         """Return how many bytes may be in flight: latency plus a short queue, at that rate."""
-        if rate_bytes_per_s is None:
-            return 2 * MIN_SLICE_BYTES
         return max(2 * MIN_SLICE_BYTES, int(rate_bytes_per_s * (self.latency_s + QUEUE_S)))
 
 
