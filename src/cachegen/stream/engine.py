@@ -24,7 +24,7 @@ from cachegen.stream.plan import (
     Wait,
 )
 from cachegen.stream.speeds import SpeedLearner, Speeds
-from cachegen.stream.traces import Trace
+from cachegen.stream.traces import Trace, constant_trace
 
 # A request that is not over by then counts as it stands: the link is too slow to ever end it.
 GIVE_UP_S = 60.0
@@ -62,17 +62,53 @@ class Outcome:
     recomputed_tokens: int
 
 
-@dataclass
 class Knowledge:
-    """What requests that share a link and a kind of machine learn together."""
+    """What requests that share a link and a kind of machine learn together.
 
-    link: BandwidthEstimator
-    speeds: SpeedLearner
+    guess: of the speeds, before anything ran. prior: belief about the link.
+    """
 
-    @classmethod
-    def new(cls, guess: Speeds, prior: LinkPrior | None = None) -> Knowledge:
-        """Start from a guess of the speeds and a belief about the link."""
-        return cls(BandwidthEstimator(prior), SpeedLearner(guess))
+    def __init__(self, guess: Speeds, prior: LinkPrior | None = None) -> None:
+        self._link = BandwidthEstimator(prior)
+        self._speeds = SpeedLearner(guess)
+
+    def link(self, now_s: float) -> LinkEstimate:
+        """Return what is known of the link at a time."""
+        return self._link.estimate(now_s)
+
+    def speeds(self) -> Speeds:
+        """Return what is known of the machine."""
+        return self._speeds.speeds()
+
+    def transferred(
+        self, size_bytes: int, seconds: float, *, now_s: float, first_byte_s: float
+    ) -> None:
+        """Learn from a transfer that ended."""
+        self._link.observe(size_bytes, seconds, now_s=now_s, first_byte_s=first_byte_s)
+
+    def decoded(self, size_bytes: int, seconds: float) -> None:
+        """Learn from bytes that were decoded."""
+        self._speeds.observe_decode(size_bytes, seconds)
+
+    def prefilled(self, begin_token: int, tokens: int, seconds: float) -> None:
+        """Learn from a chunk that was recomputed."""
+        self._speeds.observe_prefill(begin_token, tokens, seconds)
+
+
+class Certainty(Knowledge):
+    """Knowledge that stays as it is: for playing out a plan as if the estimates were the truth."""
+
+    def __init__(self, link: LinkEstimate, speeds: Speeds) -> None:
+        super().__init__(speeds)
+        self._held = link, speeds
+
+    def link(self, now_s: float) -> LinkEstimate:
+        """Return the estimate."""
+        return self._held[0]
+
+    def speeds(self) -> Speeds:
+        """Return the speeds."""
+        return self._held[1]
 
 
 @dataclass
@@ -98,6 +134,7 @@ class _Run:
     outcome: Outcome | None = None
     at_deadline: float | None = None
     fetched: float = 0.0
+    started: list[tuple[float, Fetch | Recompute]] = field(default_factory=list)
 
     def state(self, now_s: float, link: LinkEstimate, speeds: Speeds) -> PlanState:
         return PlanState(
@@ -128,7 +165,41 @@ def run_jobs(
 
     knowledge: learned from as transfers and prefills end. Returns: outcomes in order of the jobs.
     """
-    return _Clock(jobs, policy, trace, latency_s, knowledge).run()
+    runs = [_Run(job, [ChunkState(curve) for curve in job.curves]) for job in jobs]
+    return _Clock(runs, policy, trace, latency_s, knowledge).run()
+
+
+def play_out(
+    policy: Policy, state: PlanState
+) -> tuple[Outcome, tuple[tuple[float, Fetch | Recompute], ...]]:
+    """Run one request on from where it stands, as if its estimates were the truth.
+
+    Fetches under way are taken to have just begun. Returns: the outcome, and what is begun when.
+    """
+    chunks = [chunk for chunk in state.chunks]
+    seconds = tuple(state.recompute_s(index) for index in range(len(chunks)))
+    job = Job(
+        state.now_s,
+        state.deadline_s,
+        tuple(chunk.curve for chunk in chunks),
+        seconds if state.speeds.prefill is not None else None,
+        state.speeds.decode_bytes_per_s,
+    )
+    run = _Run(job, chunks, recomputing=state.recomputing)
+    for fetch in state.fetches:
+        run.transfers.append(_Transfer(fetch, state.now_s, float(fetch.end - fetch.begin)))
+    for index, chunk in enumerate(chunks):
+        if chunk.decoded_bytes < chunk.fetched_bytes:
+            rest = Fetch(index, chunk.decoded_bytes, chunk.fetched_bytes, chunk.level)
+            takes = (rest.end - rest.begin) / job.decode_bytes_per_s
+            begins = run.decoding[-1][0] if run.decoding else state.now_s
+            run.decoding.append((begins + takes, takes, rest))
+    if state.recomputing is not None:
+        run.recompute_began_s = state.recompute_began_s
+        run.recompute_ends_s = state.now_s + state.recompute_left_s()
+    link = constant_trace(state.link.rate_bytes_per_s())
+    clock = _Clock([run], policy, link, state.link.latency_s, Certainty(state.link, state.speeds))
+    return clock.run()[0], tuple(run.started)
 
 
 class _Clock:
@@ -136,7 +207,7 @@ class _Clock:
 
     def __init__(
         self,
-        jobs: Sequence[Job],
+        runs: Sequence[_Run],
         policy: Policy,
         trace: Trace,
         latency_s: float,
@@ -146,10 +217,10 @@ class _Clock:
         self._trace = trace
         self._latency_s = latency_s
         self._knowledge = knowledge
-        self._runs = [_Run(job, [ChunkState(curve) for curve in job.curves]) for job in jobs]
+        self._runs = list(runs)
         self._waiting = deque(sorted(self._runs, key=lambda run: run.job.arrival_s))
         self._active: list[_Run] = []
-        self._now = 0.0
+        self._now = self._waiting[0].job.arrival_s if self._waiting else 0.0
 
     def run(self) -> list[Outcome]:
         while self._active or self._waiting:
@@ -230,7 +301,7 @@ class _Clock:
             size = fetch.end - fetch.begin
             run.fetched += size
             assert began is not None
-            self._knowledge.link.observe(
+            self._knowledge.transferred(
                 size,
                 max(self._now - began, _EPSILON_S),
                 now_s=self._now,
@@ -248,7 +319,7 @@ class _Clock:
         changed = False
         while run.decoding and run.decoding[0][0] <= self._now + _EPSILON_S:
             _, takes, fetch = run.decoding.popleft()
-            self._knowledge.speeds.observe_decode(fetch.end - fetch.begin, takes)
+            self._knowledge.decoded(fetch.end - fetch.begin, takes)
             chunk = run.chunks[fetch.chunk]
             run.chunks[fetch.chunk] = replace(chunk, decoded_bytes=fetch.end)
             changed = True
@@ -260,15 +331,15 @@ class _Clock:
         index = run.recomputing
         curve = run.chunks[index].curve
         seconds = run.recompute_ends_s - run.recompute_began_s
-        self._knowledge.speeds.observe_prefill(curve.begin_token, curve.tokens, seconds)
+        self._knowledge.prefilled(curve.begin_token, curve.tokens, seconds)
         run.chunks[index] = replace(run.chunks[index], recomputed=True)
         run.recomputing, run.recompute_ends_s = None, math.inf
         return True
 
     def _ask(self, run: _Run) -> None:
         """Start what the policy wants, until it waits or hands over."""
-        link = self._knowledge.link.estimate(self._now)
-        state = run.state(self._now, link, self._knowledge.speeds.speeds())
+        link = self._knowledge.link(self._now)
+        state = run.state(self._now, link, self._knowledge.speeds())
         while True:
             action = self._policy.next(state)
             if isinstance(action, Wait):
@@ -279,6 +350,7 @@ class _Clock:
                 self._end(run, self._now)
                 return
             state = state.started(action)
+            run.started.append((self._now, action))
             if isinstance(action, Recompute):
                 assert run.job.recompute_s is not None and run.recomputing is None
                 run.recomputing, run.recompute_began_s = action.chunk, self._now

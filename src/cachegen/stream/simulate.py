@@ -171,7 +171,7 @@ def _outcomes(
         for request in scene.requests
     ]
     # Half the true decode speed is believed at first; like prefill it is learned.
-    knowledge = Knowledge.new(Speeds(scene.guess, work.decode_bytes_per_s / 2))
+    knowledge = Knowledge(Speeds(scene.guess, work.decode_bytes_per_s / 2))
     return run_jobs(jobs, contender.policy, trace, latency_s=work.latency_s, knowledge=knowledge)
 
 
