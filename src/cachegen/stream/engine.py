@@ -1,385 +1,376 @@
-"""The threads of a fetcher: readers, workers that decode and deliver, and a clock.
+"""A virtual clock for planners: one link, several requests, each with a machine of its own.
 
-All state is behind one lock; a thread leaves it only to read, to decode or to call the caller.
+Requests that load at the same time get equal shares of the link. Fetches of one request arrive in
+the order they were asked for, each after the latency of its first byte; arrived bytes are decoded
+one after the other. Policies see only what a fetcher sees: estimates, never the trace.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from typing import Protocol
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
-from cachegen.chunk import KVChunk
-from cachegen.store.clock import deadline
-from cachegen.stream.bandwidth import BandwidthEstimator
-from cachegen.stream.link import Hedger, LinkMeter, in_turn, slice_bytes
-from cachegen.stream.outcome import FetchedChunk, FetchReport, Reason
-from cachegen.stream.progress import Stage
-from cachegen.stream.reading import Read
-from cachegen.stream.request import RequestState, Task
-from cachegen.stream.speeds import SpeedLearner
+from cachegen.stream.bandwidth import BandwidthEstimator, LinkEstimate, LinkPrior
+from cachegen.stream.plan import (
+    ChunkCurve,
+    ChunkState,
+    Fetch,
+    HandOver,
+    PlanState,
+    Policy,
+    Recompute,
+    Wait,
+)
+from cachegen.stream.speeds import SpeedLearner, Speeds
+from cachegen.stream.traces import Trace, constant_trace
 
-# KV bytes per second, before the first chunk was decoded.
-DECODE_GUESS_KV_BYTES_PER_S = 50e6
-# Threads that hang in the store are replaced, until there are so many times as many as asked for.
-MOST_READERS = 4
-# A store that streams delivers in slices of this length.
-STREAM_BYTES = 64 << 10
-# A store call may outlast the deadline of its request by so much before it is given up.
-LATE_CALL_S = 0.05
-
-Decode = Callable[[bytes, FetchedChunk], KVChunk]
-Progress = Callable[[FetchReport], None]
+# A request that is not over by then counts as it stands: the link is too slow to ever end it.
+GIVE_UP_S = 60.0
+_EPSILON_S = 1e-9
+_EPSILON_BYTES = 1e-3
 
 
-class Source(Protocol):
-    """The part of a store that fetching needs; ``get_stream`` is used where there is one."""
+@dataclass(frozen=True)
+class Job:
+    """One request with the truth about its machine.
 
-    def get_range(self, name: str, begin: int, end: int) -> bytes | None:
-        """Return the bytes [begin, end) of the object, or None."""
+    deadline_s: when the prefix has to be ready, on the virtual clock. recompute_s: true time of
+    prefilling each chunk; None where nothing can be recomputed.
+    """
 
-
-@dataclass(frozen=True, eq=False)
-class Callbacks:
-    """What a caller wants to be called; see ``Fetcher.request``."""
-
-    decode: Decode
-    deliver: Callable[[FetchedChunk], None] | None
-    direct: Callable[[FetchedChunk], None] | None
-    recompute: Callable[[FetchedChunk], KVChunk | None] | None
-    fence: Callable[[], bool] | None
-    progress: Progress | None
+    arrival_s: float
+    deadline_s: float
+    curves: tuple[ChunkCurve, ...]
+    recompute_s: tuple[float, ...] | None
+    decode_bytes_per_s: float
 
 
-class Engine:
-    """Carries out requests on threads that start with the first one. See ``Fetcher``."""
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a request.
+
+    ready_s: when it was handed over; infinite if it never was. distortion_at_deadline: of what was
+    usable by then. distortion: of what was handed over. fetched_bytes: all that arrived.
+    """
+
+    ready_s: float
+    distortion_at_deadline: float
+    distortion: float
+    fetched_bytes: int
+    recomputed_tokens: int
+
+
+class Knowledge:
+    """What requests that share a link and a kind of machine learn together.
+
+    guess: of the speeds, before anything ran. prior: belief about the link.
+    """
+
+    def __init__(self, guess: Speeds, prior: LinkPrior | None = None) -> None:
+        self._link = BandwidthEstimator(prior)
+        self._speeds = SpeedLearner(guess)
+
+    def link(self, now_s: float) -> LinkEstimate:
+        """Return what is known of the link at a time."""
+        return self._link.estimate(now_s)
+
+    def speeds(self) -> Speeds:
+        """Return what is known of the machine."""
+        return self._speeds.speeds()
+
+    def transferred(
+        self, size_bytes: int, seconds: float, *, now_s: float, first_byte_s: float
+    ) -> None:
+        """Learn from a transfer that ended."""
+        self._link.observe(size_bytes, seconds, now_s=now_s, first_byte_s=first_byte_s)
+
+    def decoded(self, size_bytes: int, seconds: float) -> None:
+        """Learn from bytes that were decoded."""
+        self._speeds.observe_decode(size_bytes, seconds)
+
+    def prefilled(self, begin_token: int, tokens: int, seconds: float) -> None:
+        """Learn from a chunk that was recomputed."""
+        self._speeds.observe_prefill(begin_token, tokens, seconds)
+
+
+class Certainty(Knowledge):
+    """Knowledge that stays as it is: for playing out a plan as if the estimates were the truth."""
+
+    def __init__(self, link: LinkEstimate, speeds: Speeds) -> None:
+        super().__init__(speeds)
+        self._held = link, speeds
+
+    def link(self, now_s: float) -> LinkEstimate:
+        """Return the estimate."""
+        return self._held[0]
+
+    def speeds(self) -> Speeds:
+        """Return the speeds."""
+        return self._held[1]
+
+
+@dataclass
+class _Transfer:
+    fetch: Fetch
+    flows_s: float
+    left: float
+    began_s: float | None = None
+
+
+@dataclass
+class _Run:
+    """One request in progress."""
+
+    job: Job
+    chunks: list[ChunkState]
+    transfers: deque[_Transfer] = field(default_factory=deque)
+    decoding: deque[tuple[float, float, Fetch]] = field(default_factory=deque)
+    recomputing: int | None = None
+    recompute_began_s: float = 0.0
+    recompute_ends_s: float = math.inf
+    wakes_s: float = 0.0
+    outcome: Outcome | None = None
+    at_deadline: float | None = None
+    fetched: float = 0.0
+    started: list[tuple[float, Fetch | Recompute]] = field(default_factory=list)
+
+    def state(self, now_s: float, link: LinkEstimate, speeds: Speeds) -> PlanState:
+        return PlanState(
+            now_s,
+            self.job.deadline_s,
+            tuple(self.chunks),
+            link,
+            speeds,
+            tuple(transfer.fetch for transfer in self.transfers),
+            self.recomputing,
+            self.recompute_began_s,
+        )
+
+    def distortion(self) -> float:
+        total = sum(chunk.curve.tokens for chunk in self.chunks)
+        return math.fsum(chunk.distortion * chunk.curve.tokens for chunk in self.chunks) / total
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    policy: Policy,
+    trace: Trace,
+    *,
+    latency_s: float,
+    knowledge: Knowledge,
+) -> list[Outcome]:
+    """Run requests against a trace. latency_s: from asking to the first byte, of every fetch.
+
+    knowledge: learned from as transfers and prefills end. Returns: outcomes in order of the jobs.
+    """
+    runs = [_Run(job, [ChunkState(curve) for curve in job.curves]) for job in jobs]
+    return _Clock(runs, policy, trace, latency_s, knowledge).run()
+
+
+def play_out(
+    policy: Policy, state: PlanState
+) -> tuple[Outcome, tuple[tuple[float, Fetch | Recompute], ...]]:
+    """Run one request on from where it stands, as if its estimates were the truth.
+
+    Fetches under way are taken to have just begun. Returns: the outcome, and what is begun when.
+    """
+    chunks = [chunk for chunk in state.chunks]
+    seconds = tuple(state.recompute_s(index) for index in range(len(chunks)))
+    job = Job(
+        state.now_s,
+        state.deadline_s,
+        tuple(chunk.curve for chunk in chunks),
+        seconds if state.speeds.prefill is not None else None,
+        state.speeds.decode_bytes_per_s,
+    )
+    run = _Run(job, chunks, recomputing=state.recomputing)
+    for fetch in state.fetches:
+        run.transfers.append(_Transfer(fetch, state.now_s, float(fetch.end - fetch.begin)))
+    for index, chunk in enumerate(chunks):
+        if chunk.decoded_bytes < chunk.fetched_bytes:
+            rest = Fetch(index, chunk.decoded_bytes, chunk.fetched_bytes, chunk.level)
+            takes = (rest.end - rest.begin) / job.decode_bytes_per_s
+            begins = run.decoding[-1][0] if run.decoding else state.now_s
+            run.decoding.append((begins + takes, takes, rest))
+    if state.recomputing is not None:
+        run.recompute_began_s = state.recompute_began_s
+        run.recompute_ends_s = state.now_s + state.recompute_left_s()
+    link = constant_trace(state.link.rate_bytes_per_s())
+    clock = _Clock([run], policy, link, state.link.latency_s, Certainty(state.link, state.speeds))
+    return clock.run()[0], tuple(run.started)
+
+
+class _Clock:
+    """The event loop: find the next instant at which anything changes, go there, ask again."""
 
     def __init__(
         self,
-        source: Source,
-        *,
-        readers: int,
-        decoders: int,
-        held_bytes: int,
-        bandwidth: BandwidthEstimator,
-        speeds: SpeedLearner,
+        runs: Sequence[_Run],
+        policy: Policy,
+        trace: Trace,
+        latency_s: float,
+        knowledge: Knowledge,
     ) -> None:
-        self.cond = threading.Condition()
-        self.counts: Counter[str] = Counter()
-        self.bandwidth = bandwidth
-        self.speeds = speeds
-        self._source = source
-        self._readers = readers
-        self._decoders = decoders
-        self._held_bytes = held_bytes
-        self._active: dict[RequestState, Callbacks] = {}
-        self._threads: list[threading.Thread] = []
-        self._reader_count = self._idle_readers = 0
-        self._meter = LinkMeter()
-        self._hedger = Hedger()
-        self._turn = 0
-        self._decode_s_per_byte: float | None = None
-        self._closed = False
+        self._policy = policy
+        self._trace = trace
+        self._latency_s = latency_s
+        self._knowledge = knowledge
+        self._runs = list(runs)
+        self._waiting = deque(sorted(self._runs, key=lambda run: run.job.arrival_s))
+        self._active: list[_Run] = []
+        self._now = self._waiting[0].job.arrival_s if self._waiting else 0.0
 
-    def add(self, state: RequestState, calls: Callbacks) -> bool:
-        """Take on a request. Returns: False after ``close``."""
-        with self.cond:
-            if self._closed:
-                return False
-            self._active[state] = calls
-            self.counts["requests"] += 1
-            self._start_threads()
-            self._changed()
-            return True
+    def run(self) -> list[Outcome]:
+        while self._active or self._waiting:
+            flowing = self._flowing()
+            next_s = self._next_event(flowing)
+            self._carry(flowing, next_s)
+            self._now = next_s
+            self._settle()
+        outcomes = [run.outcome for run in self._runs]
+        assert all(outcome is not None for outcome in outcomes)
+        return [outcome for outcome in outcomes if outcome is not None]
 
-    def cancel(self, state: RequestState, reason: Reason = Reason.CANCELLED) -> None:
-        """Give up what has not come of a request."""
-        with self.cond:
-            state.cancel(time.monotonic(), reason)
-            self._changed()
+    def _flowing(self) -> list[_Transfer]:
+        """Return the transfers that get bytes now: the oldest of every request, once it flows."""
+        heads = [run.transfers[0] for run in self._active if run.transfers]
+        flowing = [head for head in heads if head.flows_s <= self._now + _EPSILON_S]
+        for head in flowing:
+            if head.began_s is None:
+                head.began_s = self._now
+        return flowing
 
-    def close(self) -> None:
-        """Cancel all requests and end the threads; one that hangs in the store is left behind."""
-        with self.cond:
-            self._closed = True
-            for state in list(self._active):
-                state.cancel(time.monotonic())
-            self._changed()
-            threads = [thread for thread in self._threads if thread.ident != threading.get_ident()]
-        until_s = time.monotonic() + LATE_CALL_S
-        for thread in threads:
-            thread.join(max(0.0, until_s - time.monotonic()))
+    def _next_event(self, flowing: Sequence[_Transfer]) -> float:
+        times = [self._waiting[0].job.arrival_s] if self._waiting else []
+        for run in self._active:
+            times.append(run.job.arrival_s + GIVE_UP_S)
+            times.append(run.wakes_s)
+            times.append(run.recompute_ends_s)
+            if run.at_deadline is None:
+                times.append(run.job.deadline_s)
+            if run.transfers and run.transfers[0].flows_s > self._now + _EPSILON_S:
+                times.append(run.transfers[0].flows_s)
+            if run.decoding:
+                times.append(run.decoding[0][0])
+        if flowing:
+            rate, until_s = self._trace.rate_at(self._now)
+            times.append(until_s)
+            if rate > 0:
+                least = min(transfer.left for transfer in flowing)
+                times.append(self._now + least * len(flowing) / rate)
+        return max(min(times), self._now)
 
-    def decode_cost(self, decoded_bytes: int) -> float:
-        """Return the seconds that decoding to so many bytes of KV is expected to take."""
-        known = self._decode_s_per_byte
-        return decoded_bytes * (1 / DECODE_GUESS_KV_BYTES_PER_S if known is None else known)
+    def _carry(self, flowing: Sequence[_Transfer], next_s: float) -> None:
+        if not flowing or next_s <= self._now:
+            return
+        share = self._trace.rate_at(self._now)[0] * (next_s - self._now) / len(flowing)
+        for transfer in flowing:
+            transfer.left -= share
 
-    # Everything below that says "locked" is called with the lock held.
+    def _settle(self) -> None:
+        """Take in everything that has happened by now, and ask whoever it happened to."""
+        now = self._now
+        asking: list[_Run] = []
+        for run in self._active:
+            changed = self._arrivals(run)
+            changed |= self._decodes(run)
+            changed |= self._prefills(run)
+            if run.at_deadline is None and now >= run.job.deadline_s - _EPSILON_S:
+                run.at_deadline = run.distortion()
+                changed = True
+            if changed or run.wakes_s <= now + _EPSILON_S:
+                asking.append(run)
+        while self._waiting and self._waiting[0].job.arrival_s <= now + _EPSILON_S:
+            run = self._waiting.popleft()
+            self._active.append(run)
+            asking.append(run)
+        for run in asking:
+            self._ask(run)
+        for run in self._active:
+            if run.outcome is None and now >= run.job.arrival_s + GIVE_UP_S - _EPSILON_S:
+                self._end(run, math.inf)
+        self._active = [run for run in self._active if run.outcome is None]
 
-    def _changed(self) -> None:
-        """Locked: forget requests that are over, and wake whoever waits."""
-        for state in [state for state in self._active if state.is_over]:
-            del self._active[state]
-            for item in state.items:
-                self.counts[f"chunks.{item.reason.value}"] += 1
-        self.cond.notify_all()
+    def _arrivals(self, run: _Run) -> bool:
+        changed = False
+        while run.transfers and run.transfers[0].left <= _EPSILON_BYTES:
+            transfer = run.transfers.popleft()
+            fetch, began = transfer.fetch, transfer.began_s
+            size = fetch.end - fetch.begin
+            run.fetched += size
+            assert began is not None
+            self._knowledge.transferred(
+                size,
+                max(self._now - began, _EPSILON_S),
+                now_s=self._now,
+                first_byte_s=self._latency_s,
+            )
+            chunk = run.chunks[fetch.chunk]
+            run.chunks[fetch.chunk] = replace(chunk, fetched_bytes=fetch.end)
+            begins = max(self._now, run.decoding[-1][0] if run.decoding else 0.0)
+            takes = size / run.job.decode_bytes_per_s
+            run.decoding.append((begins + takes, takes, fetch))
+            changed = True
+        return changed
 
-    def _start_threads(self) -> None:
-        if not self._threads:
-            self._start("clock", self._keep_time)
-            for _ in range(self._decoders):
-                self._start("decode", self._work)
-        self._start_reader()
+    def _decodes(self, run: _Run) -> bool:
+        changed = False
+        while run.decoding and run.decoding[0][0] <= self._now + _EPSILON_S:
+            _, takes, fetch = run.decoding.popleft()
+            self._knowledge.decoded(fetch.end - fetch.begin, takes)
+            chunk = run.chunks[fetch.chunk]
+            run.chunks[fetch.chunk] = replace(chunk, decoded_bytes=fetch.end)
+            changed = True
+        return changed
 
-    def _start_reader(self) -> None:
-        """Locked: one more reader, if none is idle and there may be one more."""
-        stuck = self._meter.in_flight - sum(len(state.reads) for state in self._active)
-        count = self._reader_count
-        wanted = not self._idle_readers and count - max(0, stuck) < self._readers
-        if wanted and count < MOST_READERS * self._readers:
-            self._reader_count += 1
-            self._start("read", self._read_loop)
-
-    def _start(self, name: str, target: Callable[[], None]) -> None:
-        thread = threading.Thread(target=target, name=f"cachegen-{name}", daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _keep_time(self) -> None:
-        """Body of the clock thread: deadlines, and decoding that has to begin."""
-        with self.cond:
-            while not self._closed:
-                now_s = time.monotonic()
-                if any([state.tick(now_s) for state in self._active]):
-                    self._changed()
-                due_s = min((state.next_due_s(now_s) for state in self._active), default=math.inf)
-                hedge_s = self._hedger.limit_s
-                if any(state.reads for state in self._active) and math.isfinite(hedge_s):
-                    due_s = min(due_s, now_s + hedge_s)
-                wait_s = None if math.isinf(due_s) else max(0.0, due_s - now_s)
-                if not self.cond.wait(wait_s):
-                    self.cond.notify_all()
-
-    # Reading.
-
-    def _read_loop(self) -> None:
-        """Body of a reader."""
-        while True:
-            with self.cond:
-                found = self._next_read()
-                while found is None and not self._closed:
-                    self._idle_readers += 1
-                    self.cond.wait()
-                    self._idle_readers -= 1
-                    found = self._next_read()
-                if found is None:
-                    return
-                self._start_reader()
-            self._transfer(*found)
-
-    def _next_read(self) -> tuple[Read, float, int] | None:
-        """Locked: choose a read. Returns: it, now, and the bytes under way before it."""
-        if self._closed:
-            return None
-        now_s = time.monotonic()
-        read = self._next_hedge(now_s)
-        if read is None:
-            link = self.bandwidth.estimate(now_s)
-            # Never far more than was last seen: what is asked for cannot be taken back.
-            rate = min(link.rate_bytes_per_s(), 2 * (link.last_rate_bytes_per_s or 0.0))
-            window = self._meter.window_bytes(rate)
-            if self._meter.in_flight_bytes >= window or self._is_full():
-                return None
-            size, speeds = slice_bytes(window, self._readers), self.speeds.speeds()
-            for state in in_turn(list(self._active), self._turn):
-                read = state.next_read(now_s, link=link, speeds=speeds, slice_bytes=size)
-                if read is not None:
-                    state.served_turn = self._turn
-                    self._turn += 1
-                    break
-                if state.is_over:
-                    self._changed()
-        if read is None:
-            return None
-        ahead = self._meter.in_flight_bytes
-        self._meter.begin(read.end - read.begin, now_s)
-        self.counts["reads"] += 1
-        return read, now_s, ahead
-
-    def _is_full(self) -> bool:
-        """Locked: True if memory has to become free before more is read."""
-        under_way = self._meter.in_flight_bytes
-        if under_way + sum(state.held_bytes for state in self._active) < self._held_bytes:
+    def _prefills(self, run: _Run) -> bool:
+        if run.recompute_ends_s > self._now + _EPSILON_S or run.recomputing is None:
             return False
-        if under_way or any(state.is_decoding for state in self._active):
-            return True
-        if any([state.squeeze() for state in self._active]):
-            self.cond.notify_all()
-            return True
-        return False  # one object alone is larger than the bound: without it nothing moves
+        index = run.recomputing
+        curve = run.chunks[index].curve
+        seconds = run.recompute_ends_s - run.recompute_began_s
+        self._knowledge.prefilled(curve.begin_token, curve.tokens, seconds)
+        run.chunks[index] = replace(run.chunks[index], recomputed=True)
+        run.recomputing, run.recompute_ends_s = None, math.inf
+        return True
 
-    def _next_hedge(self, now_s: float) -> Read | None:
-        """Locked: a read that later ones have overtaken, and that takes longer than they do."""
-        for state in self._active:
-            for read in state.reads:
-                slow = now_s - read.started_s > self._hedger.limit_s
-                if slow and read.sent == 1 and read.overtaken and self._hedger.spend():
-                    read.sent = 2
-                    state.hedged_reads += 1
-                    self.counts["hedged_reads"] += 1
-                    return read
-        return None
-
-    def _transfer(self, read: Read, began_s: float, ahead_bytes: int) -> None:
-        """Make one call of the store and pass on what comes."""
-        size, got_bytes = read.end - read.begin, 0
-        latency_s: float | None = None
-        is_missing, error = False, None
-        try:
-            left_s = read.owner.deadline_s - began_s + LATE_CALL_S
-            with deadline(left_s), contextlib.closing(self._parts(read)) as parts:
-                for part in parts:
-                    if part is None:
-                        is_missing = True
-                        break
-                    with self.cond:
-                        now_s = time.monotonic()
-                        if latency_s is None:
-                            # What the link was busy with before these bytes is no latency.
-                            rate = self.bandwidth.estimate(now_s).rate_bytes_per_s()
-                            latency_s = now_s - began_s - (ahead_bytes + len(part)) / rate
-                        self._learn(self._meter.receive(len(part), now_s), now_s)
-                        read.owner.receive(read, read.begin + got_bytes, part, now_s)
-                        got_bytes += len(part)
-                        self._changed()
-                        if not read.is_wanted and got_bytes < size:
-                            break
-        except Exception as failure:  # of any store: the chunk is lost, the reader is not
-            error = failure
-        with self.cond:
-            now_s = time.monotonic()
-            self._meter.end(left_bytes=size - got_bytes, latency_s=latency_s)
-            if read.done or (error is not None and read.sent > 1 and not read.failed):
-                read.failed = True  # the other call for the same bytes may still answer
-            else:
-                self._end_read(read, now_s, got_bytes, is_missing, error)
-            report = read.owner.report()
-            calls = self._active.get(read.owner)
-            self._changed()
-        if calls is not None and calls.progress is not None:
-            self._guarded(read.owner, calls.progress, report)
-
-    def _end_read(
-        self, read: Read, now_s: float, got_bytes: int, is_missing: bool, error: Exception | None
-    ) -> None:
-        """Locked: take in the first answer to a read."""
-        if error is None and not is_missing:
-            self._hedger.learn(now_s - read.started_s)
-        for other in read.owner.reads:
-            other.overtaken |= other.started_s < read.started_s
-        read.owner.end_read(read, now_s, got_bytes=got_bytes, is_missing=is_missing, error=error)
-
-    def _parts(self, read: Read) -> Generator[bytes | None]:
-        """Yield the bytes of a read as they come; None if there is no such object."""
-        stream = getattr(self._source, "get_stream", None)
-        if stream is None:
-            yield self._source.get_range(read.name, read.begin, read.end)
-            return
-        slices = stream(read.name, slice_bytes=STREAM_BYTES, begin=read.begin, end=read.end)
-        if slices is None:
-            yield None
-            return
-        try:
-            for part in slices:
-                yield bytes(part)
-        finally:
-            close = getattr(slices, "close", None)
-            if close is not None:
-                close()
-
-    def _learn(self, sample: tuple[int, float] | None, now_s: float) -> None:
-        """Locked: pass on what the link carried."""
-        if sample is not None:
-            size, seconds = sample
-            self.bandwidth.observe(size, seconds, now_s=now_s, first_byte_s=self._meter.latency_s)
-
-    # Decoding, delivering, recomputing.
-
-    def _work(self) -> None:
-        """Body of a worker."""
+    def _ask(self, run: _Run) -> None:
+        """Start what the policy wants, until it waits or hands over."""
+        link = self._knowledge.link(self._now)
+        state = run.state(self._now, link, self._knowledge.speeds())
         while True:
-            with self.cond:
-                task = self._next_task()
-                while task is None and not (self._closed and not self._active):
-                    self.cond.wait()
-                    task = self._next_task()
-                if task is None:
-                    return
-                calls = self._active[task.request]
-            self._carry_out(task, calls)
-
-    def _next_task(self) -> Task | None:
-        """Locked: what is most urgent."""
-        for state in sorted(self._active, key=lambda state: state.deadline_s):
-            task = state.next_task()
-            if task is not None:
-                return task
-        return None
-
-    def _carry_out(self, task: Task, calls: Callbacks) -> None:
-        """Decode, deliver or recompute a chunk and report back."""
-        chunk: KVChunk | None = None
-        error: Exception | None = None
-        fenced = False
-        began_s = time.monotonic()
-        try:
-            if task.stage is Stage.READY:
-                chunk = calls.decode(task.item.data, task.item)
-            elif calls.fence is not None and not calls.fence():
-                fenced = True
-            elif task.stage is Stage.RECOMPUTING and calls.recompute is not None:
-                chunk = calls.recompute(task.item)
-            elif calls.direct is not None:
-                calls.direct(task.item)
-            elif calls.deliver is not None:
-                calls.deliver(task.item)
-        except Exception as failure:  # a callback may be anybody's: the worker outlives it
-            error = failure
-        with self.cond:
-            now_s = time.monotonic()
-            seconds = now_s - began_s
-            if error is None and not fenced:
-                self._learn_speed(task, calls, seconds)
-            if fenced:
-                task.request.fence(now_s)
+            action = self._policy.next(state)
+            if isinstance(action, Wait):
+                # A wait for something that is past would ask again at once, for ever.
+                run.wakes_s = action.until_s if action.until_s > self._now else math.inf
+                return
+            if isinstance(action, HandOver):
+                self._end(run, self._now)
+                return
+            state = state.started(action)
+            run.started.append((self._now, action))
+            if isinstance(action, Recompute):
+                assert run.job.recompute_s is not None and run.recomputing is None
+                run.recomputing, run.recompute_began_s = action.chunk, self._now
+                run.recompute_ends_s = self._now + run.job.recompute_s[action.chunk]
             else:
-                task.request.end_task(task, now_s, chunk=chunk, error=error, seconds=seconds)
-            report = task.request.report()
-            self._changed()
-        if calls.progress is not None:
-            self._guarded(task.request, calls.progress, report)
+                run.chunks = list(state.chunks)
+                flows_s = self._now + self._latency_s
+                size = float(action.end - action.begin)
+                run.transfers.append(_Transfer(action, flows_s, size))
 
-    def _learn_speed(self, task: Task, calls: Callbacks, seconds: float) -> None:
-        """Locked: remember how long decoding or recomputing took."""
-        item = task.item
-        if task.stage is Stage.RECOMPUTING:
-            self.speeds.observe_prefill(item.begin_token, item.tokens, seconds)
-        elif task.stage is Stage.READY or calls.direct is not None:
-            self.speeds.observe_decode(item.read_bytes, seconds)
-            cost = seconds / max(1, item.decoded_bytes)
-            known = self._decode_s_per_byte
-            # Quick to believe that it is slow: being late costs more than an early start.
-            self._decode_s_per_byte = cost if known is None else max(cost, 0.8 * known + 0.2 * cost)
+    def _end(self, run: _Run, ready_s: float) -> None:
+        now = run.distortion()
+        run.outcome = Outcome(
+            ready_s,
+            now if run.at_deadline is None else run.at_deadline,
+            now,
+            round(run.fetched + sum(_arrived(transfer) for transfer in run.transfers)),
+            sum(chunk.curve.tokens for chunk in run.chunks if chunk.recomputed),
+        )
 
-    def _guarded(self, state: RequestState, call: Progress, report: FetchReport) -> None:
-        """Call back about progress; a callback that raises ends its request."""
-        try:
-            call(report)
-        except Exception:  # anybody's; there is nobody else to tell
-            self.cancel(state, Reason.CALLBACK_ERROR)
+
+def _arrived(transfer: _Transfer) -> float:
+    return transfer.fetch.end - transfer.fetch.begin - transfer.left
