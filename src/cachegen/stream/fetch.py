@@ -24,10 +24,10 @@ from cachegen.codec.registry import decode as decode_object
 from cachegen.errors import ConfigError, ProfileError
 from cachegen.profile import Profile
 from cachegen.stream.bandwidth import BandwidthEstimator
-from cachegen.stream.pool import Callbacks, Decode, Pool, Progress, Source
 from cachegen.stream.outcome import FetchedChunk, FetchReport
 from cachegen.stream.plan import Policy
 from cachegen.stream.policies import FixedPolicy
+from cachegen.stream.pool import Callbacks, Decode, Pool, Progress, Source
 from cachegen.stream.reading import Keys
 from cachegen.stream.request import RequestState
 from cachegen.stream.speeds import PrefillSpeed, SpeedLearner, Speeds

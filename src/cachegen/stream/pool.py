@@ -56,7 +56,7 @@ class Callbacks:
     progress: Progress | None
 
 
-class Engine:
+class Pool:
     """Carries out requests on threads that start with the first one. See ``Fetcher``."""
 
     def __init__(

@@ -29,6 +29,7 @@ class ChunkProgress:
 
     versions: the objects that may serve it. choices: those of them that the store has, coarsest
     first, one for each step of a curve of separate objects.
+    is_chosen: the policy has asked for some of it.
     began_s, arrived_s: when its first read was sent and its last bytes came.
     error: why no more of it was read, although what there was is used.
     """
@@ -37,6 +38,7 @@ class ChunkProgress:
     versions: tuple[ObjectState, ...]
     stage: Stage = Stage.LOADING
     version: int = 0
+    is_chosen: bool = False
     choices: tuple[int, ...] = ()
     curve: ChunkCurve | None = None
     began_s: float = math.inf
@@ -114,7 +116,8 @@ class ChunkProgress:
     def view(self, assumed: ChunkCurve) -> ChunkState:
         """Describe the chunk to a policy; assumed is its curve while its own is not known.
 
-        What is whole counts as decoded: decoding in time is the fetcher's care.
+        What is whole counts as decoded: decoding in time is the fetcher's care. The first bytes,
+        read for the header, are not counted before the policy has asked for the chunk.
         """
         curve = self.curve or assumed
         if self.stage is Stage.LOST:
@@ -123,12 +126,10 @@ class ChunkProgress:
             return ChunkState(curve)
         if self.item is not None and self.item.reason is Reason.RECOMPUTED:
             return ChunkState(curve, recomputed=True)
-        have = self.object.have_bytes
+        have = self.object.have_bytes if self.is_chosen else 0
         if curve.separate:
-            chosen = self.choices.index(self.version) if self.version in self.choices else None
-            if have == 0 and self.object.asked_bytes == 0:
-                chosen = None
-            return ChunkState(curve, have, have, level=chosen)
+            level = self.choices.index(self.version) if self.is_chosen else None
+            return ChunkState(curve, have, have, level=level)
         if self.stage is not Stage.LOADING:
             # Nothing more is read of it: what it has is all there is.
             steps = tuple(step for step in curve.steps if step.end_bytes <= have)

@@ -92,9 +92,12 @@ class Reading(ABC):
     chunks: one entry for every key. reads: those under way, oldest first.
     """
 
-    def __init__(self, keys: Keys, policy: Policy, *, quality: str | None) -> None:
+    def __init__(
+        self, keys: Keys, policy: Policy, *, quality: str | None, can_recompute: bool
+    ) -> None:
         self.policy = policy
         self.quality = quality
+        self.can_recompute = can_recompute
         self.is_over = False
         self.reads: list[Read] = []
         self.wire_bytes = self.sent_reads = self.hedged_reads = 0
@@ -181,11 +184,13 @@ class Reading(ABC):
                     chunk.choices = self._example.choices
                 chunk.version = chunk.choices[action.level]
             order = _Order(chunk, chunk.version, action.begin, action.end)
-            if order.left is not None:
+            is_new = not chunk.is_chosen or order.left is not None
+            chunk.is_chosen = True
+            if order.is_under_way:
                 self._orders.append(order)
-                return True
-            self._asleep_until_s = math.inf
-            return False
+            if not is_new:
+                self._asleep_until_s = math.inf
+            return is_new
         if isinstance(action, Recompute):
             self.chunks[action.chunk].stage = Stage.RECOMPUTING
             self._recompute_began_s = now_s
@@ -228,7 +233,7 @@ class Reading(ABC):
             deadline_s=self.plan_deadline_s,
             chunks=tuple(views),
             link=link,
-            speeds=speeds,
+            speeds=speeds if self.can_recompute else replace(speeds, prefill=None),
             fetches=tuple(self._fetch(order) for order in self._orders if order.is_under_way),
             recomputing=recomputing[0] if recomputing else None,
             recompute_began_s=self._recompute_began_s,

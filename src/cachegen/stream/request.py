@@ -56,7 +56,7 @@ class RequestState(Reading):
         delivers: bool = False,
         decodes: bool = True,
     ) -> None:
-        super().__init__(keys, policy, quality=quality)
+        super().__init__(keys, policy, quality=quality, can_recompute=can_recompute)
         self.began_s = now_s
         self.deadline_s = deadline_s
         self.served_turn = -1
@@ -64,7 +64,6 @@ class RequestState(Reading):
         # In order of their tokens: how the chunks came out, as far as that is decided.
         self.items: list[FetchedChunk] = []
         self._decode_cost = decode_cost
-        self._can_recompute = can_recompute
         self._delivers = delivers
         self._decodes = decodes
         # The chunk that a worker delivers or recomputes; nothing is over before that has ended.
@@ -240,7 +239,7 @@ class RequestState(Reading):
         chunk.error = error or chunk.error
         chunk.item = None
         self._wake()
-        if self._can_recompute and not self._closing and reason is not Reason.CALLBACK_ERROR:
+        if self.can_recompute and not self._closing and reason is not Reason.CALLBACK_ERROR:
             chunk.stage = Stage.LOST
         else:
             self._resolve(chunk, chunk.fetched_chunk(reason, error), now_s)
