@@ -145,7 +145,7 @@ class DeadlinePolicy:
     ) -> Fetch | None:
         """Return the first step of the last chunk that is not safely left to recomputing.
 
-        Where nothing is recomputed, a chunk is of use only with all those before it: then the first.
+        Where nothing is recomputed a chunk is of use only with all before it: then the first one.
         """
         places = range(len(state.chunks))
         for index in places if state.speeds.prefill is None else reversed(places):

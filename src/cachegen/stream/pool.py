@@ -25,7 +25,7 @@ from cachegen.stream.request import RequestState, Task
 from cachegen.stream.speeds import SpeedLearner
 
 # KV bytes per second, before the first chunk was decoded.
-DECODE_GUESS_KV_BYTES_PER_S = 50e6
+DECODE_GUESS_KV_BYTES_PER_S = 15e6
 # Threads that hang in the store are replaced, until there are so many times as many as asked for.
 MOST_READERS = 4
 # A store that streams delivers in slices of this length.

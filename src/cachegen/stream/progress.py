@@ -56,7 +56,8 @@ class ChunkProgress:
         """The best step that is here, or None."""
         if len(self.versions) > 1:
             entry = self.object
-            return None if entry.left_bytes else Step(entry.have_bytes, 0.0)
+            whole = self.is_chosen and not entry.left_bytes
+            return Step(entry.have_bytes, 0.0) if whole else None
         if self.curve is None:
             return None
         steps = [step for step in self.curve.steps if step.end_bytes <= self.object.have_bytes]
@@ -126,9 +127,10 @@ class ChunkProgress:
             return ChunkState(curve)
         if self.item is not None and self.item.reason is Reason.RECOMPUTED:
             return ChunkState(curve, recomputed=True)
-        have = self.object.have_bytes if self.is_chosen else 0
+        is_taken = self.is_chosen or self.stage is not Stage.LOADING
+        have = self.object.have_bytes if is_taken else 0
         if curve.separate:
-            level = self.choices.index(self.version) if self.is_chosen else None
+            level = self.choices.index(self.version) if is_taken else None
             return ChunkState(curve, have, have, level=level)
         if self.stage is not Stage.LOADING:
             # Nothing more is read of it: what it has is all there is.

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 # the one before them, until their headers come along with their first bytes.
 HEADERS_FIRST = 8
 
+# What a policy is told of a request that has all the time in the world.
+NO_DEADLINE_S = 3600.0
+
 Keys = Sequence[ChunkKey | Sequence[ChunkKey]]
 
 
@@ -192,9 +195,14 @@ class Reading(ABC):
                 self._asleep_until_s = math.inf
             return is_new
         if isinstance(action, Recompute):
-            self.chunks[action.chunk].stage = Stage.RECOMPUTING
-            self._recompute_began_s = now_s
-            return True
+            chunk = self.chunks[action.chunk]
+            is_new = chunk.stage in (Stage.LOADING, Stage.LOST)
+            if is_new:
+                chunk.stage = Stage.RECOMPUTING
+                self._recompute_began_s = now_s
+            else:
+                self._asleep_until_s = math.inf
+            return is_new
         if isinstance(action, HandOver):
             self._stop_loading(now_s)
             return False
@@ -230,7 +238,7 @@ class Reading(ABC):
         recomputing = [chunk.index for chunk in self.chunks if chunk.stage is Stage.RECOMPUTING]
         return PlanState(
             now_s=now_s,
-            deadline_s=self.plan_deadline_s,
+            deadline_s=min(self.plan_deadline_s, now_s + NO_DEADLINE_S),
             chunks=tuple(views),
             link=link,
             speeds=speeds if self.can_recompute else replace(speeds, prefill=None),
