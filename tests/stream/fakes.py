@@ -1,4 +1,4 @@
-"""What the tests of the fetcher share: stored chunks, a store that misbehaves on command, a clock."""
+"""What the tests of the fetcher share: stored chunks, a store that misbehaves, a virtual clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests on a virtual clock: what is read, what is decoded when, and what becomes of each chunk."""
+"""Requests on a virtual clock: what is read, what is decoded when, what becomes of each chunk."""
 
 from __future__ import annotations
 
