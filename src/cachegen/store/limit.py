@@ -14,6 +14,7 @@ from cachegen.store.base import (
     CreatingStore,
     Store,
     check_range,
+    check_stream,
     lacks,
     view_bytes,
 )
@@ -116,10 +117,7 @@ class RateLimitedStore:
         Returns: views of slice_bytes each but for the last; None if there is no such name.
         Raises: ConfigError unless slice_bytes >= 1 and 0 <= begin <= end; as inner.
         """
-        if slice_bytes < 1:
-            raise ConfigError("slice size in bytes", got=slice_bytes, expected="1 or more")
-        if end is not None or begin:
-            check_range(begin, begin if end is None else end)
+        check_stream(slice_bytes, begin, end)
         self._wait_latency()
         if end is None:
             data = self.inner.get(name)
