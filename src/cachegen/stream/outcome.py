@@ -32,6 +32,7 @@ class Reason(enum.StrEnum):
     NO_PROFILE = "no_profile"  # the profile that it names is not at hand
     STORE_ERROR = "store_error"
     STORE_TIMEOUT = "store_timeout"
+    DECODE_ERROR = "decode_error"  # the decoder raised something that it should not
     CALLBACK_ERROR = "callback_error"  # what the caller passed raised
     FENCED = "fenced"  # the caller's fence said no
     CANCELLED = "cancelled"

@@ -192,7 +192,7 @@ class RequestState(Reading):
                 return  # too late: nobody waits for it any more
             state.object.drop()
             if error is not None:
-                self._lose(state, reason_of(error, Reason.DAMAGED), error, now_s)
+                self._lose(state, reason_of(error, Reason.DECODE_ERROR), error, now_s)
             else:
                 state.item = replace(task.item, chunk=chunk, data=b"", decode_s=seconds)
                 state.stage = Stage.DECODED
