@@ -65,7 +65,8 @@ class FetchedChunk:
     read_bytes: length of the whole passes read. object_bytes: length of the object, 0 if unknown.
     distortion: what these passes leave by the object's own table, relative to the spread of the
         values; 0.0 for codecs of one quality; None if the chunk did not come.
-    network_s: from its first read to its last byte. decode_s: decoding, or recomputing.
+    network_s: from its first read to its last byte. arrived_s: when that came, counted from the
+        begin of the request. decode_s: decoding, or recomputing.
     profile: digest of the profile that the object needs, if any. begin_token, tokens: where the
         chunk is in its context. decoded_bytes: size of its KV. All 0 while that is unknown.
     error: what went wrong, if something did.
@@ -81,6 +82,7 @@ class FetchedChunk:
     object_bytes: int = 0
     distortion: float | None = None
     network_s: float = 0.0
+    arrived_s: float = 0.0
     decode_s: float = 0.0
     profile: bytes | None = None
     begin_token: int = 0

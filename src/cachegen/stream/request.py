@@ -58,6 +58,8 @@ class RequestState(Reading):
     ) -> None:
         super().__init__(keys, policy, quality=quality, can_recompute=can_recompute)
         self.began_s = now_s
+        for chunk in self.chunks:
+            chunk.request_s = chunk.arrived_s = now_s
         self.deadline_s = deadline_s
         self.served_turn = -1
         self.ended_s = now_s
