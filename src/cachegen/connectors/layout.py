@@ -5,12 +5,12 @@ it: B blocks, H heads, N tokens, D the head dimension, C the dimensions of K and
 other, and 2 for K and V. What lies in memory behind such a view (strides) does not matter here,
 but for the packings of vLLM's CPU backend, see ``cpu_blocks``.
 
-| axes | who |
+| axes | who, as the published versions show |
 |---|---|
-| BHNC | vLLM from 0.30, every attention backend |
-| 2BNHD | vLLM to 0.29: FlashAttention, Triton, FlexAttention and others |
-| B2NHD | vLLM to 0.29: FlashInfer, Triton |
-| 2BHND | vLLM to 0.29: the CPU backend |
+| BHNC | vLLM from 0.28, every attention backend; the CPU backend from 0.25 |
+| B2NHD | vLLM 0.25: FlashAttention, FlashInfer, Triton, FlexAttention; 0.22: FlashInfer, Triton |
+| 2BNHD | vLLM 0.22: FlashAttention, FlexAttention |
+| 2BHND | vLLM 0.22: the CPU backend |
 """
 
 from __future__ import annotations
