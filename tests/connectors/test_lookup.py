@@ -16,7 +16,8 @@ from cachegen.store.memory import MemoryStore
 CHUNK = 8
 RANKS = [b"a" * 32, b"b" * 32]
 TOKENS = list(range(30))
-CHAINS = Seed().chains(TOKENS, CHUNK)
+PLAIN = Seed()
+CHAINS = PLAIN.chains(TOKENS, CHUNK)
 
 
 class Desk:
@@ -36,7 +37,7 @@ class Desk:
         for rank in ranks:
             self.store.put(names[rank], b"x")
 
-    def answer(self, tokens: Sequence[int] = TOKENS, seed: Seed = Seed()) -> int:
+    def answer(self, tokens: Sequence[int] = TOKENS, seed: Seed = PLAIN) -> int:
         question = self.lookup.ask(tokens, seed)
         wait_for(lambda: self.lookup.answer(question) is not None)
         return self.lookup.answer(question) or 0
