@@ -65,9 +65,7 @@ def bodies(reader: ObjectReader, group: int) -> list[tuple[int, memoryview]]:
     return result
 
 
-def decode_plain(
-    reader: ObjectReader, target: Target, *, step: float, value_weight: float
-) -> None:
+def decode_plain(reader: ObjectReader, target: Target, *, step: float, value_weight: float) -> None:
     """Decode an object without a profile.
 
     step: the finest one. value_weight: what V is divided by.
@@ -130,9 +128,7 @@ def plane_targets(header: Header, group: Group, target: Target) -> Sequence[nati
     for layer, is_value in planes_of_group(group):
         rope = -1 if header.rope is None or is_value else header.rope.layer_kinds[layer]
         position = header.first_position + header.ranges[layer][0]
-        result.append(
-            target.plane(layer, is_value=is_value, rope=rope, first_position=position)
-        )
+        result.append(target.plane(layer, is_value=is_value, rope=rope, first_position=position))
     return result
 
 
