@@ -106,6 +106,8 @@ def run_serving(
             for index in rng.permutation(len(modes)):
                 served = engine.serve(modes[index], prompt, output_tokens=load.output_tokens)
                 samples[modes[index]].single.append(served)
+    for mode in modes:
+        engine.forget(mode)  # a conversation begins with a document that nobody has read
     for number, conversation in enumerate(load.conversations):
         progress(f"conversation {number + 1} of {len(load.conversations)}")
         for index in rng.permutation(len(modes)):
@@ -179,10 +181,7 @@ def _row(
         "hit_rate": hits / tokens,
         "bytes_per_request": read / len(single),
         "bytes_per_hit_token": read / hits if hits else None,
-        **{
-            name: float(np.mean([quality[name] for quality in qualities]))
-            for name in qualities[0]
-        },
+        **{name: float(np.mean([quality[name] for quality in qualities])) for name in qualities[0]},
         "turns": [
             {
                 "turn": turn + 1,
