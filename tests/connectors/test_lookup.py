@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import pytest
 from paged_world import RAW, Gate, wait_for
 
-from cachegen.connectors.adapter import AdapterSettings, names_of
+from cachegen.connectors.adapter import names_of
 from cachegen.connectors.lookup import Lookup, Seed
 from cachegen.connectors.metrics import Counters
 from cachegen.errors import StoreError
+from cachegen.settings import Settings
 from cachegen.store.memory import MemoryStore
 
 CHUNK = 8
@@ -28,7 +29,7 @@ class Desk:
             self.store,
             RAW,
             namespaces=RANKS,
-            settings=AdapterSettings(chunk_tokens=CHUNK, slo_s=slo_s),
+            settings=Settings(chunk_tokens=CHUNK, slo_s=slo_s),
             counters=self.counters,
         )
 
@@ -59,7 +60,7 @@ def test_a_gap_ends_the_prefix() -> None:
     desk = Desk()
     desk.put(1, 0, 1)
     assert desk.answer() == 0
-    assert desk.misses("absent") == 1
+    assert desk.misses("missing") == 1
 
 
 @pytest.mark.parametrize("seed", [Seed(lora=b"l"), Seed(tenant=b"t"), Seed(multimodal=(b"m",))])
@@ -73,7 +74,7 @@ def test_other_seeds_do_not_hit(seed: Seed) -> None:
 def test_a_prompt_shorter_than_a_chunk_is_answered_at_once() -> None:
     desk = Desk()
     assert desk.lookup.ask(TOKENS[:7], Seed()).chunks == 0
-    assert desk.misses("shorter than a chunk") == 1
+    assert desk.misses("short") == 1
 
 
 def test_a_late_store_is_a_miss_and_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,5 +105,5 @@ def test_a_store_that_fails_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     desk = Desk()
     monkeypatch.setattr(desk.store, "exists", fail)
     assert desk.answer() == 0
-    assert desk.misses("store") == 1
+    assert desk.misses("store_error") == 1
     desk.lookup.close()

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 from cachegen.connectors.vllm import CacheGenConnector
+from vllm import LLM, SamplingParams
 
 MODEL = Path(__file__).parents[2] / "models" / "reference"
 BLOCK = 128
@@ -100,7 +100,7 @@ def engine(store: str | None = None, **options: Any) -> Iterator[Engine]:
 
     role, quality, codec, slo_s and the like: of the connector; everything else: of vLLM.
     """
-    names = ("quality", "codec", "slo_s", "profile", "chunk_tokens", "save_decode")
+    names = ("quality", "codec", "slo_s", "profile", "chunk_tokens", "save_decode", "policy")
     extra = {name: options.pop(name) for name in names if name in options}
     role = options.pop("role", "kv_both")
     if store is not None:

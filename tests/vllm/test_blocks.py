@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from cachegen.chunk import KVChunk
 from cachegen.connectors.cpu_blocks import packing_of
 from cachegen.connectors.layout import recognize
 from cachegen.connectors.paged import PagedCache
+from vllm import _custom_ops as ops
 
 HEADS, BLOCKS = 3, 5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,9 +27,7 @@ def write(isa: str, dtype: torch.dtype, dim: int, block: int) -> tuple[torch.Ten
     k_cache, v_cache = cache.view(BLOCKS, HEADS, 2 * block, dim).chunk(2, dim=2)
     slots = torch.arange(block, BLOCKS * block)
     try:
-        ops.cpu_attn_reshape_and_cache(
-            keys, values, k_cache, v_cache, slots, isa, 1.0, 1.0, "auto"
-        )
+        ops.cpu_attn_reshape_and_cache(keys, values, k_cache, v_cache, slots, isa, 1.0, 1.0, "auto")
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"this machine: {error}")
     return cache, KVChunk.from_array(torch.stack([keys, values])[None])

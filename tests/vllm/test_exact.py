@@ -46,9 +46,7 @@ def test_saving_and_loading_change_nothing(shared_store: str, want: list[Answer]
     assert ties <= 2
 
 
-def test_prefix_caching_preemption_and_a_small_cache(
-    shared_store: str, want: list[Answer]
-) -> None:
+def test_prefix_caching_preemption_and_a_small_cache(shared_store: str, want: list[Answer]) -> None:
     # 20 blocks of 128 tokens for eight requests at once: some have to go and come back.
     options = {"enable_prefix_caching": True, "num_gpu_blocks_override": 20}
     with engine(shared_store, **options) as live:
