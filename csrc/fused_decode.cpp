@@ -107,6 +107,42 @@ private:
     size_t floats_ = 0;
 };
 
+// ---- Exempt rows -------------------------------------------------------------------------------
+
+template <KVType kFrom, KVType kTo>
+void convert_values(const uint8_t* from, std::byte* to, size_t size) {
+    for (size_t i = 0; i < size; ++i) {
+        typename KVTraits<kFrom>::Bits in;
+        std::memcpy(&in, from + i * sizeof in, sizeof in);
+        float value = KVTraits<kFrom>::to_float(in);
+        if (kTo == KVType::Float16 && std::isfinite(value))
+            value = std::clamp(value, -65504.0f, 65504.0f);
+        const auto out = KVTraits<kTo>::from_float(value);
+        std::memcpy(to + i * sizeof out, &out, sizeof out);
+    }
+}
+
+// Exempt rows of one head, to another element type if need be.
+void convert(const uint8_t* from, KVType stored, std::byte* to, KVType type, size_t size) {
+    using enum KVType;
+    if (stored == type) {
+        std::memcpy(to, from, size * (type == Float32 ? 4 : 2));
+        return;
+    }
+    const auto run = [&]<KVType kFrom>() {
+        switch (type) {
+            case Float16: return convert_values<kFrom, Float16>(from, to, size);
+            case BFloat16: return convert_values<kFrom, BFloat16>(from, to, size);
+            case Float32: return convert_values<kFrom, Float32>(from, to, size);
+        }
+    };
+    switch (stored) {
+        case Float16: return run.operator()<Float16>();
+        case BFloat16: return run.operator()<BFloat16>();
+        case Float32: return run.operator()<Float32>();
+    }
+}
+
 // ---- Groups ------------------------------------------------------------------------------------
 
 // A run of channels that is finished as a whole, because RoPE needs all of it: one head.
@@ -141,7 +177,7 @@ struct PreparedGroup {
         fill_constants(work);
         find_streams();
         find_boundaries();
-        store_exempt(work.type);
+        store_exempt(work);
         fill_lookup(work, kernel);
     }
 
@@ -165,10 +201,8 @@ private:
                 "symbol matrix", std::to_string(group.channels) + " channels", "1 or more");
         require(count >= 1 && count <= work.passes && work.passes <= kMaxPasses, "passes",
                 std::to_string(count), "1 to " + std::to_string(work.passes));
-        require(group.classes.size() == group.channels, "classes",
-                std::to_string(group.classes.size()), std::to_string(group.channels));
-        require(group.mean.empty() || group.mean.size() == group.channels, "mean",
-                std::to_string(group.mean.size()), std::to_string(group.channels));
+        require(group.side.classes.size() == group.channels, "classes",
+                std::to_string(group.side.classes.size()), std::to_string(group.channels));
         require(group.early_offset.size() == kClasses && group.late_offset.size() == kClasses,
                 "offsets", std::to_string(group.early_offset.size()), std::to_string(kClasses));
         uint64_t channels = 0;
@@ -186,12 +220,6 @@ private:
         }
         require(channels == group.channels, "channels of the planes", std::to_string(channels),
                 std::to_string(group.channels));
-        for (size_t i = 0; i < group.exempt_tokens.size(); ++i)
-            require(group.exempt_tokens[i] < group.tokens, "exempt token",
-                    std::to_string(group.exempt_tokens[i]), "a token of the group");
-        for (const uint8_t both : group.classes)
-            if (both >= kFamilies * kClasses)
-                throw Error(ErrorKind::Corrupt, "class", std::to_string(both), "0 to 191");
     }
 
     void find_units() {
@@ -216,10 +244,12 @@ private:
             const float factor =
                 group.planes[unit.plane].is_value ? group.value_factor : 1.0f;
             for (size_t c = unit.begin; c < unit.begin + unit.size; ++c) {
-                const size_t scale_class = group.classes[c] % kClasses;
+                const size_t scale_class = group.side.classes[c] % kClasses;
                 early_offset[c] = group.early_offset[scale_class] * factor;
                 late_offset[c] = group.late_offset[scale_class] * factor;
-                if (!group.mean.empty()) mean[c] = group.mean[c] * factor;
+                if (group.side.mean.empty()) continue;
+                const auto level = static_cast<float>(static_cast<int8_t>(group.side.mean[c]));
+                mean[c] = level * group.side.mean_scale * factor;
             }
         }
         for (unsigned j = 0; j < group.passes.size(); ++j) {
@@ -229,14 +259,13 @@ private:
                     (i / kClasses * kTableRows + table_row(i % kClasses, work.passes - 1 - j)) *
                     (j ? 2 : 1));
             models.emplace_back(n);
-            for (size_t c = 0; c < n; ++c) models[j][c] = rows[group.classes[c]];
+            for (size_t c = 0; c < n; ++c) models[j][c] = rows[group.side.classes[c]];
         }
         escapes.resize(n);
         for (size_t c = 0; c < n; ++c) escapes[c] = work.coarse.escape(models[0][c]);
-        if (!group.exempt_tokens.empty()) {
-            is_exempt.resize(group.tokens);
-            for (const uint32_t token : group.exempt_tokens) is_exempt[token] = true;
-        }
+        if (!group.side.exempt.empty()) is_exempt.resize(group.tokens);
+        for (size_t i = 0; i < group.side.exempt_count(); ++i)
+            is_exempt[group.side.exempt_token(i)] = true;
     }
 
     // A row of a lookup costs as much as a row of values, and serves every place.
@@ -306,16 +335,16 @@ private:
         boundaries.push_back(shape.steps());
     }
 
-    void store_exempt(KVType type) const {
-        const size_t width = type == KVType::Float32 ? 4 : 2;
-        for (size_t i = 0; i < group.exempt_tokens.size(); ++i) {
-            const std::byte* row = group.exempt_rows + i * group.channels * width;
+    void store_exempt(const FusedDecode& work) const {
+        const size_t from_width = work.stored == KVType::Float32 ? 4 : 2;
+        for (size_t i = 0; i < group.side.exempt_count(); ++i) {
+            const uint8_t* row = group.side.rows.data() + i * group.channels * from_width;
             for (const Unit& unit : units) {
                 const PlaneTarget& plane = group.planes[unit.plane];
-                const int64_t offset = plane.offsets[group.exempt_tokens[i]];
+                const int64_t offset = plane.offsets[group.side.exempt_token(i)];
                 if (offset == kSkippedToken) continue;
-                std::memcpy(plane.data + offset + unit.head * plane.head_stride,
-                            row + unit.begin * width, unit.size * width);
+                std::byte* const to = plane.data + offset + unit.head * plane.head_stride;
+                convert(row + unit.begin * from_width, work.stored, to, work.type, unit.size);
             }
         }
     }
@@ -372,7 +401,7 @@ public:
         step_ = group_->boundaries[item];
         end_ = group_->boundaries[item + 1];
         for (unsigned j = 0; j < passes(); ++j) cursors_[j].start(*group_, j, step_);
-        rope_place_ = UINT64_MAX;
+        rope_place_ = rows_place_ = UINT64_MAX;
         begin_unit();
     }
 
@@ -505,20 +534,31 @@ private:
 
     void finish() {
         const PlaneTarget& plane = group_->group.planes[unit_.plane];
-        std::array<std::byte*, kLanes> rows{};
-        for (unsigned lane = 0; lane < lanes_; ++lane) {
-            const uint64_t token = lane * group_->shape.places() + place_;
-            const int64_t offset = plane.offsets[token];
-            if (offset == kSkippedToken) continue;
-            if (!group_->is_exempt.empty() && group_->is_exempt[token]) continue;
-            rows[lane] = plane.data + offset + unit_.head * plane.head_stride;
-        }
+        if (rows_place_ != place_ || rows_plane_ != unit_.plane) find_rows(plane);
+        std::array<std::byte*, kLanes> rows;
+        for (unsigned lane = 0; lane < kLanes; ++lane)
+            rows[lane] =
+                rows_[lane] ? rows_[lane] + unit_.head * plane.head_stride : nullptr;
         UnitJob job = group_->job_of(unit_);
         job.values = row(0);
         if (plane.rope >= 0) add_rope(plane, job);
         job.rows = rows.data();
         job.scratch = scratch_.get();
         kernel_.finish_unit[static_cast<size_t>(work_.type)](job);
+    }
+
+    // Where the tokens of the place go, head 0.
+    void find_rows(const PlaneTarget& plane) {
+        rows_place_ = place_;
+        rows_plane_ = unit_.plane;
+        rows_.fill(nullptr);
+        for (unsigned lane = 0; lane < lanes_; ++lane) {
+            const uint64_t token = lane * group_->shape.places() + place_;
+            const int64_t offset = plane.offsets[token];
+            if (offset == kSkippedToken) continue;
+            if (!group_->is_exempt.empty() && group_->is_exempt[token]) continue;
+            rows_[lane] = plane.data + offset;
+        }
     }
 
     void add_rope(const PlaneTarget& plane, UnitJob& job) {
@@ -546,6 +586,9 @@ private:
     uint32_t room_ = 0;  // largest unit so far
     std::unique_ptr<CacheLine[]> values_;  // a row of kLanes values each
     std::unique_ptr<CacheLine[]> scratch_;
+    uint64_t rows_place_ = UINT64_MAX;
+    uint32_t rows_plane_ = 0;
+    std::array<std::byte*, kLanes> rows_;
     uint64_t rope_place_ = UINT64_MAX;
     uint32_t rope_plane_ = 0;
     const float* angles_ = nullptr;
