@@ -14,7 +14,7 @@ import numpy as np
 
 from cachegen.bench.baselines.base import Prefix
 from cachegen.bench.baselines.h2o import accumulated_attention
-from cachegen.bench.quality import Continuation, answer_questions, continuation
+from cachegen.bench.quality import Answers, Continuation, answers, continuation
 from cachegen.bench.retrieval import RetrievalPrompt, RetrievalTask, Vocabulary
 from cachegen.chunk import KVChunk
 from cachegen.errors import ConfigError
@@ -26,8 +26,11 @@ OVERLAP_TOKENS = 32
 # Far from the seeds of training and of the model's own card.
 FIRST_SEED = 5_000_000
 CALIBRATION_SEED = 7_000_000
+# Facts and chains of a prompt of this many tokens; shorter ones have as many fewer.
+FULL_TOKENS = 1024
 QUESTIONS = 40
 NEEDLES = 6
+MENTIONS = 40
 CHAINS = 10
 # Below this share of right answers a task says nothing about codecs.
 MIN_ACCURACY = 0.2
@@ -66,11 +69,11 @@ class TextCase:
 
 @dataclass(frozen=True, eq=False)
 class TaskCase:
-    """A prompt of a task. reference: which answers the uncompressed model gets right."""
+    """A prompt of a task. reference: the answers of the uncompressed model."""
 
     prompt: RetrievalPrompt
     prefix: Prefix
-    reference: list[bool]
+    reference: Answers
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +90,7 @@ class Workload:
         return {
             name: cases
             for name, cases in self.tasks.items()
-            if np.mean([right for case in cases for right in case.reference]) >= MIN_ACCURACY
+            if np.mean([right for case in cases for right in case.reference.right]) >= MIN_ACCURACY
         }
 
 
@@ -163,7 +166,7 @@ def capture_task(
     cases = []
     for prompt in prompts:
         kv, prefix = _captured(model, prompt.prefix_ids, prefix_tokens, needs_importance)
-        cases.append(TaskCase(prompt, prefix, answer_questions(model, kv, prompt)))
+        cases.append(TaskCase(prompt, prefix, answers(model, kv, prompt)))
     return tuple(cases)
 
 
@@ -216,7 +219,11 @@ def calibration_prompts(folder: Path, filler: list[int], sizes: Sizes) -> list[l
         return []
     task = RetrievalTask(Vocabulary.load(folder), filler)
     return [
-        list(task.sample(CALIBRATION_SEED + i, sizes.prefix_tokens, facts=QUESTIONS).prefix_ids)
+        list(
+            task.sample(
+                CALIBRATION_SEED + i, sizes.prefix_tokens, facts=_scaled(QUESTIONS, sizes)
+            ).prefix_ids
+        )
         for i in range(sizes.calibration_prompts)
     ]
 
@@ -229,15 +236,21 @@ def _task_prompts(folder: Path, sizes: Sizes) -> dict[str, list[RetrievalPrompt]
     tokens = sizes.prefix_tokens + 1
     prompts = {
         "retrieval": [
-            task.sample(FIRST_SEED + i, tokens, facts=QUESTIONS)
+            task.sample(FIRST_SEED + i, tokens, facts=_scaled(QUESTIONS, sizes))
             for i in range(sizes.retrieval_prompts)
         ],
         "needle": [
-            task.needle(FIRST_SEED + i, tokens, needles=NEEDLES)
+            task.needle(FIRST_SEED + i, tokens, needles=NEEDLES, mentions=_scaled(MENTIONS, sizes))
             for i in range(sizes.needle_prompts)
         ],
         "tracking": [
-            task.trace(FIRST_SEED + i, tokens, chains=CHAINS) for i in range(sizes.tracking_prompts)
+            task.trace(FIRST_SEED + i, tokens, chains=_scaled(CHAINS, sizes))
+            for i in range(sizes.tracking_prompts)
         ],
     }
     return {name: drawn for name, drawn in prompts.items() if drawn}
+
+
+def _scaled(count: int, sizes: Sizes) -> int:
+    """Return how many of something a prompt of this length has."""
+    return max(2, min(count, count * sizes.prefix_tokens // FULL_TOKENS))

@@ -202,7 +202,8 @@ class _Prepared:
         # Tokens of the chunk become rows of what these layers hold.
         held = also - chunk.layers[group.layer].begin
         held = held[(held >= 0) & (held < len(rows))]
-        outliers = np.union1d(outlier_tokens(rows), held).astype(np.int64)
+        centred = rows if statistics is None else statistics.analyse(rows)
+        outliers = np.union1d(outlier_tokens(centred), held).astype(np.int64)
         exempt = np.concatenate(
             [
                 _flat(chunk.layers[layer].plane(is_value=side)[outliers])
@@ -212,11 +213,8 @@ class _Prepared:
         )
         side = GroupSide.empty(rows.shape[1], outliers, exempt)
         if statistics is None:
-            kept = np.delete(rows, outliers, axis=0)
-            side = side.with_mean(kept)
+            side = side.with_mean(np.delete(rows, outliers, axis=0))
             centred = rows - side.mean
-        else:
-            centred = (rows - statistics.mean) @ statistics.basis
         centred[outliers] = 0
         return cls(centred, side, statistics)
 

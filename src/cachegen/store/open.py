@@ -9,25 +9,14 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from cachegen.errors import ConfigError
 from cachegen.store.base import Store
-from cachegen.store.limit import parse_quantity
 from cachegen.store.local import LocalStore
 from cachegen.store.memory import MemoryStore
+from cachegen.units import parse_size
+
+__all__ = ["open_store", "parse_size"]
 
 # Two characters at least, so that "C:" stays a path; a path such as "a:b" is written "./a:b".
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
-
-_SIZE_UNITS = {
-    "": 1.0,
-    "B": 1.0,
-    "KB": 1e3,
-    "MB": 1e6,
-    "GB": 1e9,
-    "TB": 1e12,
-    "KiB": 2.0**10,
-    "MiB": 2.0**20,
-    "GiB": 2.0**30,
-    "TiB": 2.0**40,
-}
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:
@@ -58,18 +47,6 @@ def open_store(url: str | os.PathLike[str]) -> Store:
             expected=" or ".join(f"{scheme}://" for scheme in _OPENERS) + " or a plain path",
         )
     return opener(parts)
-
-
-def parse_size(text: str) -> int:
-    """Read a size such as ``"50GiB"``, ``"1.5 MB"`` or ``"4096"``.
-
-    Returns: bytes, rounded down. Units: B, KB to TB (powers of 1000), KiB to TiB (of 1024).
-    Raises: ConfigError for anything else or less than one byte.
-    """
-    size_bytes = int(parse_quantity(text, _SIZE_UNITS, what="size"))
-    if size_bytes < 1:
-        raise ConfigError("size", got=repr(text), expected="at least one byte")
-    return size_bytes
 
 
 def _open_memory(url: SplitResult) -> Store:
