@@ -18,6 +18,7 @@ from redis.exceptions import (
     NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
+    RedisClusterException,
     RedisError,
     ResponseError,
 )
@@ -133,7 +134,7 @@ def named_errors(where: str, timeout_s: float) -> Iterator[None]:
             raise
         except (redis.TimeoutError, TimeoutError) as error:
             raise late(f"answer of {where}") from error
-        except (RedisError, OSError) as error:
+        except (RedisError, RedisClusterException, OSError) as error:
             raise _named(error, where) from error
         except (ValueError, IndexError, TypeError, AttributeError) as error:
             # What redis-py's parser makes of bytes that are not the protocol.
@@ -161,6 +162,8 @@ def _named(error: Exception, where: str) -> StoreError:
         )
     if isinstance(error, BusyLoadingError):
         return StoreUnavailableError(f"state of {where}", got=text, reason="loading")
+    if isinstance(error, RedisClusterException):
+        return StoreUnavailableError(f"cluster at {where}", got=text, reason="cluster")
     if isinstance(error, ResponseError):
         return StoreError(f"command at {where}", got=text, reason="rejected")
     cause: BaseException | None = error
