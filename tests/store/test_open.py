@@ -48,7 +48,7 @@ def test_plain_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("url", ["gopher://host/x", "s4://bucket", "abc:def", "MEM://"])
 def test_unknown_scheme_names_those_there_are(url: str) -> None:
-    with pytest.raises(ConfigError, match="memory:// or file:// or redis://.* or tiered:"):
+    with pytest.raises(ConfigError, match=r"memory:// or file:// or redis://.* or tiered:"):
         open_store(url)
 
 
