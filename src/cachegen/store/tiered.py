@@ -85,7 +85,11 @@ class TieredStore:
             if self._backlog.offer(name, value, len(value), lambda: _put_all(far, name, value)):
                 return
         self._backlog.drop(name)
-        self.tiers[-1].put(name, value)
+        try:
+            self.tiers[-1].put(name, value)
+        except StoreError as error:
+            self._failed(len(self.tiers) - 1, error)
+            raise
         self._copy(name, value, self.tiers[:-1])
 
     def put_if_absent(self, name: str, data: BytesLike) -> bool:
