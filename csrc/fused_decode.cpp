@@ -393,7 +393,7 @@ private:
         if (unit_.size <= room_) return;
         room_ = unit_.size;
         values_ = std::make_unique<int16_t[]>(size_t{room_} * kLanes);
-        const size_t bytes = size_t{room_} * kLanes * (work_.type == KVType::Float32 ? 4 : 2);
+        const size_t bytes = (size_t{room_} + 8) * kLanes * (work_.type == KVType::Float32 ? 4 : 2);
         scratch_ = std::make_unique<std::byte[]>(bytes + 64);
     }
 

@@ -37,7 +37,7 @@ struct UnitJob {
     size_t half;
     bool interleaved;        // pairs are neighbours, else `half` rows apart
     std::byte* const* rows;  // where the head of each lane's token goes; null: nowhere
-    void* scratch;           // size * kLanes elements, aligned to 64 bytes
+    void* scratch;           // size + 8 rows of kLanes elements, aligned to 64 bytes
 };
 
 }  // namespace cachegen

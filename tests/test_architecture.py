@@ -29,7 +29,7 @@ ALLOWED = {
     "codec": BASE | {"native", "profile"},
     "store": BASE,
     "hf": BASE | {"kvfile"},
-    "stream": BASE | {"native", "profile", "codec"},
+    "stream": BASE | {"native", "profile", "codec", "store"},
     "connectors": BASE | {"native", "profile", "codec", "store", "stream", "hf", "settings"},
 }
 EVERYTHING = set(ALLOWED) | {"bench"}

@@ -9,8 +9,9 @@ import pytest
 
 from cachegen.chunk import KVChunk, LayerKV
 from cachegen.codec import levels
-from cachegen.codec.basis import choose_groups, fit_basis, planes_of_group
+from cachegen.codec.basis import planes_of_group
 from cachegen.codec.container import SIDE, read_header
+from cachegen.codec.fit import choose_groups, fit_basis
 from cachegen.codec.header import Group
 from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.registry import decode

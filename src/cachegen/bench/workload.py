@@ -26,8 +26,11 @@ OVERLAP_TOKENS = 32
 # Far from the seeds of training and of the model's own card.
 FIRST_SEED = 5_000_000
 CALIBRATION_SEED = 7_000_000
+# Facts and chains of a prompt of this many tokens; shorter ones have as many fewer.
+FULL_TOKENS = 1024
 QUESTIONS = 40
 NEEDLES = 6
+MENTIONS = 40
 CHAINS = 10
 # Below this share of right answers a task says nothing about codecs.
 MIN_ACCURACY = 0.2
@@ -216,7 +219,11 @@ def calibration_prompts(folder: Path, filler: list[int], sizes: Sizes) -> list[l
         return []
     task = RetrievalTask(Vocabulary.load(folder), filler)
     return [
-        list(task.sample(CALIBRATION_SEED + i, sizes.prefix_tokens, facts=QUESTIONS).prefix_ids)
+        list(
+            task.sample(
+                CALIBRATION_SEED + i, sizes.prefix_tokens, facts=_scaled(QUESTIONS, sizes)
+            ).prefix_ids
+        )
         for i in range(sizes.calibration_prompts)
     ]
 
@@ -229,15 +236,21 @@ def _task_prompts(folder: Path, sizes: Sizes) -> dict[str, list[RetrievalPrompt]
     tokens = sizes.prefix_tokens + 1
     prompts = {
         "retrieval": [
-            task.sample(FIRST_SEED + i, tokens, facts=QUESTIONS)
+            task.sample(FIRST_SEED + i, tokens, facts=_scaled(QUESTIONS, sizes))
             for i in range(sizes.retrieval_prompts)
         ],
         "needle": [
-            task.needle(FIRST_SEED + i, tokens, needles=NEEDLES)
+            task.needle(FIRST_SEED + i, tokens, needles=NEEDLES, mentions=_scaled(MENTIONS, sizes))
             for i in range(sizes.needle_prompts)
         ],
         "tracking": [
-            task.trace(FIRST_SEED + i, tokens, chains=CHAINS) for i in range(sizes.tracking_prompts)
+            task.trace(FIRST_SEED + i, tokens, chains=_scaled(CHAINS, sizes))
+            for i in range(sizes.tracking_prompts)
         ],
     }
     return {name: drawn for name, drawn in prompts.items() if drawn}
+
+
+def _scaled(count: int, sizes: Sizes) -> int:
+    """Return how many of something a prompt of this length has."""
+    return max(2, min(count, count * sizes.prefix_tokens // FULL_TOKENS))

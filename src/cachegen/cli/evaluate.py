@@ -9,6 +9,7 @@ import typer
 
 from cachegen.cli.common import JsonOption, ModelArgument, console, errors, model_folder
 
+CALIBRATION_TOKENS = 16_384
 DEFAULT_CODECS = ["cachegen", "raw", "int8"]
 
 
@@ -39,6 +40,9 @@ def evaluate(
     profile: Annotated[Path | None, typer.Option(help="Profile for codecs that take one.")] = None,
     texts: Annotated[int, typer.Option(help="Number of held-out texts.")] = 8,
     prefix_tokens: Annotated[int, typer.Option(help="Tokens of a prefix.")] = 1024,
+    continuation_tokens: Annotated[
+        int, typer.Option(help="Tokens predicted after each prefix.")
+    ] = 256,
     json_file: JsonOption = None,
     plot: Annotated[Path | None, typer.Option(metavar="F.png", help="Draw a chart.")] = None,
 ) -> None:
@@ -62,6 +66,8 @@ def evaluate(
             sizes=Sizes(
                 texts=texts,
                 prefix_tokens=prefix_tokens,
+                continuation_tokens=continuation_tokens,
+                calibration_contexts=max(16, CALIBRATION_TOKENS // prefix_tokens),
                 calibration_prompts=calibration_prompts,
             ),
             progress=status.update,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from cachegen.cli import evaluate, profiles
+from cachegen.cli import bench, evaluate, profiles, simulate
 from cachegen.cli.common import JsonOption, ModelArgument, OutOption, console, errors, model_folder
 from cachegen.errors import CacheGenError, InputError
 
@@ -270,3 +270,5 @@ def version() -> None:
 
 profiles.register(cli)
 evaluate.register(cli)
+simulate.register(cli)
+bench.register(cli)

@@ -37,7 +37,7 @@ def calibrate(
     context: ContextOption = 1024,
 ) -> None:
     """Fit a profile to text: means and bases that make objects of this model much smaller."""
-    content = _read(text)
+    contents = [path.read_text(encoding="utf-8") for path in text]
     if not output.parent.is_dir():
         raise ConfigError("folder", got=output.parent, expected="a folder", remedy="create it")
     with errors.status("loading libraries") as status:
@@ -45,15 +45,15 @@ def calibrate(
         from cachegen.hf.load import begin_and_text, load_model
 
         loaded, tokenizer = load_model(model_folder(model))
-        begin, ids = begin_and_text(tokenizer, content)
+        tokenized = [begin_and_text(tokenizer, content) for content in contents]
         name = Path(model).name
         profile = fit(
             loaded,
-            ids,
+            [ids for _, ids in tokenized],
             model_name=name,
             tokens=tokens,
             context=context,
-            begin=begin,
+            begin=tokenized[0][0],
             progress=status.update,
         )
         profile.save(output)

@@ -18,10 +18,9 @@ from cachegen.codec.container import BYTES, PACKED, RANS
 from cachegen.codec.header import Group, Header
 from cachegen.codec.reader import ObjectReader
 from cachegen.codec.side import GroupSide
-from cachegen.codec.target import Target
+from cachegen.codec.target import Target, convert
 from cachegen.errors import CorruptError
 from cachegen.native import fused
-from cachegen.types import Array, KVDtype
 
 Floats = NDArray[np.float32]
 
@@ -65,9 +64,7 @@ def bodies(reader: ObjectReader, group: int) -> list[tuple[int, memoryview]]:
     return result
 
 
-def decode_plain(
-    reader: ObjectReader, target: Target, *, step: float, value_weight: float
-) -> None:
+def decode_plain(reader: ObjectReader, target: Target, *, step: float, value_weight: float) -> None:
     """Decode an object without a profile.
 
     step: the finest one. value_weight: what V is divided by.
@@ -79,7 +76,7 @@ def decode_plain(
         begin, end = header.ranges[group.layer]
         tokens, channels = end - begin, channels_of(header, group)
         side = GroupSide.from_bytes(
-            reader.side(index, 0), tokens, channels, header.geometry.dtype, True
+            reader.side(index, 0), tokens, channels, header.geometry.dtype, plain=True
         )
         groups.append(_source(reader, target, index, side, (tokens, channels), step, value_weight))
     native.decode_groups(
@@ -130,19 +127,5 @@ def plane_targets(header: Header, group: Group, target: Target) -> Sequence[nati
     for layer, is_value in planes_of_group(group):
         rope = -1 if header.rope is None or is_value else header.rope.layer_kinds[layer]
         position = header.first_position + header.ranges[layer][0]
-        result.append(
-            target.plane(layer, is_value=is_value, rope=rope, first_position=position)
-        )
-    return result
-
-
-def convert(rows: Array, dtype: KVDtype) -> Array:
-    """Round to a dtype, to its finite range where float16 ends earlier than the source."""
-    if rows.dtype == dtype.numpy:
-        return rows
-    if dtype is KVDtype.FLOAT16:
-        limit = np.float32(np.finfo(np.float16).max)
-        rows = np.clip(rows.astype(np.float32), -limit, limit)
-    with np.errstate(over="ignore"):
-        result: Array = rows.astype(dtype.numpy)
+        result.append(target.plane(layer, is_value=is_value, rope=rope, first_position=position))
     return result

@@ -89,7 +89,9 @@ def decode_groups(
     if rope is not None:
         for frequencies, scale in zip(rope.frequencies, rope.attention_scale, strict=True):
             kinds.append((np.asarray(frequencies, np.float32), float(scale), rope.interleaved))
-    _core.decode_groups(dtype.label, passes, coarse._core, refine._core, kinds, [_fields(group) for group in groups])
+    _core.decode_groups(
+        dtype.label, passes, coarse._core, refine._core, kinds, [_fields(group) for group in groups]
+    )
 
 
 def _fields(group: GroupSource) -> tuple[Any, ...]:

@@ -67,7 +67,7 @@ class DeadlinePolicy:
                 fetch = self._refinement(state, asked, odds)
             if fetch is not None:
                 return fetch
-        if ready and not state.fetches and state.recomputing is None:
+        if ready and not state.is_arriving and state.recomputing is None:
             return HandOver()
         return wait(state)
 
@@ -129,7 +129,7 @@ class DeadlinePolicy:
         """Return the next prefill: a chunk with nothing yet, else the first lossy one."""
         for index, chunk in enumerate(state.chunks):
             if not chunk.is_present:
-                must = hopeless or not chunk.curve.steps
+                must = (hopeless and self.recompute != "never") or not chunk.curve.steps
                 if _is_open(state, asked, index) and (must or odds[index] >= 0.5):
                     return start_recompute(state, index)
                 break
@@ -143,8 +143,12 @@ class DeadlinePolicy:
     def _first_step(
         self, state: PlanState, asked: list[int], odds: list[float], *, hopeless: bool
     ) -> Fetch | None:
-        """Return the first step of the last chunk that is not safely left to recomputing."""
-        for index in range(len(state.chunks) - 1, -1, -1):
+        """Return the first step of the last chunk that is not safely left to recomputing.
+
+        Where nothing is recomputed a chunk is of use only with all before it: then the first one.
+        """
+        places = range(len(state.chunks))
+        for index in places if state.speeds.prefill is None else reversed(places):
             steps = state.chunks[index].curve.steps
             if not steps or index == state.recomputing or not _is_open(state, asked, index):
                 continue

@@ -33,7 +33,7 @@ class FixedPolicy:
 
     def next(self, state: PlanState) -> Action:
         """Return the next chunk in order."""
-        if state.is_ready and not state.fetches:
+        if state.is_ready and not state.is_arriving:
             return HandOver()
         for index, chunk in enumerate(state.chunks):
             if not chunk.curve.steps:
@@ -69,7 +69,7 @@ class CachegenPolicy:
 
     def next(self, state: PlanState) -> Action:
         """Return the next chunk as level or as text."""
-        if state.is_ready and not state.fetches:
+        if state.is_ready and not state.is_arriving:
             return HandOver()
         index = self._undecided(state)
         if index is None or state.recomputing is not None:

@@ -28,8 +28,8 @@ from cachegen.bench.baselines.kvtc import KvtcModel, KvtcPeer
 from cachegen.bench.baselines.turboquant import TurboQuantPeer
 from cachegen.chunk import DEFAULT_CHUNK_TOKENS, KVChunk
 from cachegen.codec.base import Codec
-from cachegen.codec.basis import fit_basis
 from cachegen.codec.cachegen import CacheGenCodec
+from cachegen.codec.fit import fit_basis
 from cachegen.codec.grading import CacheGenConfig
 from cachegen.codec.registry import CODECS, get_codec
 from cachegen.errors import ConfigError
