@@ -35,11 +35,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from cachegen.bench.baselines.codec import SlopeCuts, bill_of
+from cachegen.bench.calibrate import calibrate
 from cachegen.bench.curves import Pchip
 from cachegen.bench.report import environment, write_json
 from cachegen.bench.workload import Sizes, load_workload
 from cachegen.chunk import KVChunk, LayerKV
-from cachegen.codec.basis import fit_basis, group_matrix, load_basis, plain_basis
+from cachegen.codec.basis import group_matrix, load_basis, plain_basis
 from cachegen.codec.container import SIDE, read_header
 from cachegen.codec.header import Group, Header
 from cachegen.codec.ladder import (
@@ -217,7 +218,7 @@ class Coefficients:
             if statistics is None:
                 values = rows - np.delete(rows, exempt, axis=0).mean(axis=0)
             else:
-                values = (rows - statistics.mean) @ statistics.basis
+                values = statistics.analyse(rows)
             values[exempt] = 0
             groups.append(values.astype(np.float32))
         return cls(groups, header.value_count * spread_of(header) ** 2)
@@ -374,7 +375,8 @@ def main() -> None:
         sizes=sizes,
     )
     kv = work.texts[0].prefix.kv
-    profile = fit_basis(work.contexts)
+    count = len(work.fit_ids)
+    profile = calibrate(model, work.fit_ids, context=1024, tokens=1024 * count)
     chunks = kv.split(CHUNK_TOKENS)
     rows = [
         embedding("reference", chunks, None),

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from cachegen.chunk import KVChunk
-from cachegen.connectors.adapter import AdapterSettings, Loader, Piece, Saver
+from cachegen.connectors.adapter import Loader, Piece, Saver
 from cachegen.connectors.coding import ChunkCoder, Coding
 from cachegen.connectors.layout import BlockLayout
 from cachegen.connectors.metrics import Counters
 from cachegen.connectors.paged import PagedCache
+from cachegen.settings import Settings
 from cachegen.store.keys import chunk_keys
 from cachegen.store.memory import MemoryStore
 from cachegen.types import ChunkKey
@@ -22,7 +23,7 @@ from cachegen.types import ChunkKey
 LAYERS, BLOCKS, HEADS, BLOCK, DIM = 3, 12, 2, 16, 32
 CHUNK = 2 * BLOCK
 NAMESPACE = b"n" * 32
-SETTINGS = AdapterSettings(chunk_tokens=CHUNK, slo_s=30.0)
+SETTINGS = Settings(chunk_tokens=CHUNK, slo_s=30.0)
 RAW = Coding.choose("lossless", codec="raw")
 
 
@@ -43,7 +44,7 @@ def chunk_of(index: int, dtype: object = np.float32) -> KVChunk:
 class World:
     """One worker: a store, a cache, and what moves chunks between them."""
 
-    def __init__(self, coding: Coding = RAW, settings: AdapterSettings = SETTINGS) -> None:
+    def __init__(self, coding: Coding = RAW, settings: Settings = SETTINGS) -> None:
         self.store = MemoryStore()
         self.counters = Counters()
         self.tensors = [torch.full((BLOCKS, HEADS, BLOCK, 2 * DIM), -7.0) for _ in range(LAYERS)]

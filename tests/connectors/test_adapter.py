@@ -21,8 +21,9 @@ from paged_world import (
 
 from cachegen import errors
 from cachegen.chunk import KVChunk
-from cachegen.connectors.adapter import AdapterSettings, Fence, LoadJob, LoadReport, reason_of
+from cachegen.connectors.adapter import Fence, LoadJob, LoadReport, reason_of
 from cachegen.connectors.coding import Coding
+from cachegen.settings import Settings
 from cachegen.types import ChunkKey
 
 
@@ -30,6 +31,14 @@ def load(world: World, *pieces: object, budget_s: float = 30.0) -> LoadReport:
     world.loader.start(LoadJob("r", tuple(pieces), budget_s))
     (report,) = wait_for(world.loader.poll)
     return report
+
+
+def finish_threads(world: World) -> None:
+    """End the loader and wait for the last of its threads."""
+    world.loader.close()
+    for thread in world.loader._fetcher._pool._threads:
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_a_load_fills_its_blocks_and_no_others(world: World) -> None:
@@ -54,9 +63,9 @@ def test_blocks_that_the_engine_has_are_left_alone(world: World) -> None:
 def test_a_missing_chunk_fails_its_blocks_and_those_behind_it(world: World) -> None:
     world.put(0, 2)
     report = load(world, piece(0, 0, 1), piece(1, 2, 3), piece(2, 4, 5))
-    assert report == LoadReport("r", frozenset({2, 3, 4, 5}), "absent")
+    assert report == LoadReport("r", frozenset({2, 3, 4, 5}), "missing")
     np.testing.assert_array_equal(world.held(0, 1), chunk_of(0).to_array())
-    assert world.counters.get("failed_loads_total", reason="absent") == 1
+    assert world.counters.get("failed_loads_total", reason="missing") == 1
 
 
 def test_a_damaged_chunk_is_a_miss_and_makes_room(world: World) -> None:
@@ -68,13 +77,13 @@ def test_a_damaged_chunk_is_a_miss_and_makes_room(world: World) -> None:
     report = load(world, piece(0, 0, 1))
     assert report == LoadReport("r", frozenset({0, 1}), "damaged")
     assert (world.held(0, 1) == -7).all()
-    assert world.store.exists([name]) == [False]
+    wait_for(lambda: world.store.exists([name]) == [False])
 
 
 def test_a_chunk_under_another_name_is_a_miss(world: World) -> None:
     world.put(1)
     world.store.put(key_of(0).name, world.store.get(key_of(1).name))
-    assert load(world, piece(0, 0, 1)).reason == "other key"
+    assert load(world, piece(0, 0, 1)).reason == "other_key"
     assert (world.held(0, 1) == -7).all()
 
 
@@ -88,29 +97,29 @@ def test_a_chunk_of_another_geometry_is_a_miss(world: World) -> None:
 
 
 def test_a_store_that_fails_is_a_miss(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str) -> bytes:
+    def fail(name: str, begin: int, end: int) -> bytes:
         raise errors.StoreError("store", got="a closed connection")
 
-    monkeypatch.setattr(world.store, "get", fail)
-    assert load(world, piece(0, 0, 1)).reason == "store"
+    monkeypatch.setattr(world.store, "get_range", fail)
+    assert load(world, piece(0, 0, 1)).reason == "store_error"
 
 
 def test_nothing_is_written_after_a_deadline_in_the_middle_of_a_read(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.put(0)
-    gate, read = Gate(), world.store.get
+    gate, read = Gate(), world.store.get_range
 
-    def slow(name: str) -> bytes | None:
+    def slow(name: str, begin: int, end: int) -> bytes | None:
         gate.pass_through()
-        return read(name)
+        return read(name, begin, end)
 
-    monkeypatch.setattr(world.store, "get", slow)
+    monkeypatch.setattr(world.store, "get_range", slow)
     report = load(world, piece(0, 0, 1), budget_s=0.05)
     assert report == LoadReport("r", frozenset({0, 1}), "late")
     before = world.bits()
     gate.opened.set()
-    world.loader._threads.shutdown(wait=True)
+    finish_threads(world)
     assert world.bits() == before
     assert world.loader.poll() == []
 
@@ -121,20 +130,21 @@ def test_nothing_is_written_after_an_abort_in_the_middle_of_a_decode(
     world.put(0, 1)
     gate, decode = Gate(), world.coder.decode
 
-    def slow(data: bytes, key: ChunkKey) -> KVChunk:
+    def slow(data: bytes, key: ChunkKey, *, profile: bytes | None) -> KVChunk:
         if key == key_of(1):
             gate.pass_through()
-        return decode(data, key)
+        return decode(data, key, profile=profile)
 
     monkeypatch.setattr(world.coder, "decode", slow)
     world.loader.start(LoadJob("r", (piece(0, 0, 1), piece(1, 2, 3)), 30.0))
     assert gate.entered.wait(20)
+    wait_for(lambda: world.loader._loads["r"].written == 1)
     world.loader.cancel("r")
     (report,) = world.loader.poll()
-    assert report == LoadReport("r", frozenset({2, 3}), "aborted")
+    assert report == LoadReport("r", frozenset({2, 3}), "cancelled")
     before = world.bits()
     gate.opened.set()
-    world.loader._threads.shutdown(wait=True)
+    finish_threads(world)
     assert world.bits() == before
 
 
@@ -165,10 +175,10 @@ def test_a_report_waits_for_the_write_under_way(
     gate.opened.set()
     ending.join(20)
     # The last layer may or may not have come in before the fence was closed.
-    whole, cut = LoadReport("r", frozenset(), None), LoadReport("r", frozenset({0, 1}), "aborted")
+    whole, cut = LoadReport("r", frozenset(), None), LoadReport("r", frozenset({0, 1}), "cancelled")
     assert reports in ([whole], [cut])
     before = world.bits()
-    world.loader._threads.shutdown(wait=True)
+    finish_threads(world)
     assert world.bits() == before
 
 
@@ -190,15 +200,16 @@ def test_a_closed_fence_stays_closed() -> None:
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (errors.KeyMismatchError("key"), "other key"),
+        (errors.KeyMismatchError("key"), "other_key"),
         (errors.ChecksumError("segment"), "damaged"),
         (errors.TruncatedError("object"), "damaged"),
-        (errors.ProfileError("profile"), "profile"),
+        (errors.ProfileError("profile"), "no_profile"),
         (errors.GeometryError("heads"), "geometry"),
-        (errors.NonFiniteError("K"), "not finite"),
-        (errors.StoreFullError("quota"), "store"),
-        (ConnectionResetError(), "store"),
-        (ZeroDivisionError(), "error"),
+        (errors.NonFiniteError("K"), "not_finite"),
+        (errors.StoreFullError("quota"), "store_error"),
+        (ConnectionResetError(), "store_error"),
+        (errors.StoreTimeoutError("store"), "store_timeout"),
+        (ZeroDivisionError(), "callback_error"),
     ],
 )
 def test_every_error_has_a_reason(error: Exception, reason: str) -> None:
@@ -227,7 +238,7 @@ def test_a_chunk_is_stored_once(world: World) -> None:
         world.saver.submit(piece(0, 4, 9), world.cache.stage((4, 9)))
         saved(world)
     assert world.counters.get("saved_chunks_total") == 1
-    assert world.counters.get("skipped_saves_total", reason="stored already") == 1
+    assert world.counters.get("skipped_saves_total", reason="stored") == 1
 
 
 def test_a_save_that_fails_is_counted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,12 +248,12 @@ def test_a_save_that_fails_is_counted(world: World, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(world.store, "put", fail)
     world.saver.submit(piece(0, 4, 9), world.cache.stage((4, 9)))
     saved(world)
-    assert world.counters.get("skipped_saves_total", reason="store") == 1
+    assert world.counters.get("skipped_saves_total", reason="store_error") == 1
     assert world.saver.has_room
 
 
 def test_a_backlog_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = World(settings=AdapterSettings(chunk_tokens=CHUNK, backlog_bytes=1))
+    world = World(settings=Settings(chunk_tokens=CHUNK, backlog_bytes=1))
     gate = Gate()
     monkeypatch.setattr(world.coder, "encode", lambda chunk, key: gate.pass_through() or b"x")
     assert world.saver.has_room

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 import pytest
 from paged_world import RAW, Gate, wait_for
 
-from cachegen.connectors.adapter import AdapterSettings, names_of
+from cachegen.connectors.adapter import names_of
 from cachegen.connectors.lookup import Lookup, Seed
 from cachegen.connectors.metrics import Counters
 from cachegen.errors import StoreError
+from cachegen.settings import Settings
 from cachegen.store.memory import MemoryStore
 
 CHUNK = 8
 RANKS = [b"a" * 32, b"b" * 32]
 TOKENS = list(range(30))
-CHAINS = Seed().chains(TOKENS, CHUNK)
+PLAIN = Seed()
+CHAINS = PLAIN.chains(TOKENS, CHUNK)
 
 
 class Desk:
@@ -27,7 +29,7 @@ class Desk:
             self.store,
             RAW,
             namespaces=RANKS,
-            settings=AdapterSettings(chunk_tokens=CHUNK, slo_s=slo_s),
+            settings=Settings(chunk_tokens=CHUNK, slo_s=slo_s),
             counters=self.counters,
         )
 
@@ -36,7 +38,7 @@ class Desk:
         for rank in ranks:
             self.store.put(names[rank], b"x")
 
-    def answer(self, tokens: Sequence[int] = TOKENS, seed: Seed = Seed()) -> int:
+    def answer(self, tokens: Sequence[int] = TOKENS, seed: Seed = PLAIN) -> int:
         question = self.lookup.ask(tokens, seed)
         wait_for(lambda: self.lookup.answer(question) is not None)
         return self.lookup.answer(question) or 0
@@ -58,7 +60,7 @@ def test_a_gap_ends_the_prefix() -> None:
     desk = Desk()
     desk.put(1, 0, 1)
     assert desk.answer() == 0
-    assert desk.misses("absent") == 1
+    assert desk.misses("missing") == 1
 
 
 @pytest.mark.parametrize("seed", [Seed(lora=b"l"), Seed(tenant=b"t"), Seed(multimodal=(b"m",))])
@@ -72,7 +74,7 @@ def test_other_seeds_do_not_hit(seed: Seed) -> None:
 def test_a_prompt_shorter_than_a_chunk_is_answered_at_once() -> None:
     desk = Desk()
     assert desk.lookup.ask(TOKENS[:7], Seed()).chunks == 0
-    assert desk.misses("shorter than a chunk") == 1
+    assert desk.misses("short") == 1
 
 
 def test_a_late_store_is_a_miss_and_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,5 +105,5 @@ def test_a_store_that_fails_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     desk = Desk()
     monkeypatch.setattr(desk.store, "exists", fail)
     assert desk.answer() == 0
-    assert desk.misses("store") == 1
+    assert desk.misses("store_error") == 1
     desk.lookup.close()

@@ -11,7 +11,7 @@ def counted() -> Counters:
     counters.add("looked_up_tokens_total", 100)
     counters.add("hit_tokens_total", 64)
     counters.add("failed_loads_total", reason="late")
-    counters.add("failed_loads_total", 2, reason="absent")
+    counters.add("failed_loads_total", 2, reason="missing")
     return counters
 
 
@@ -22,7 +22,7 @@ def test_drain_returns_what_is_new() -> None:
     counters.add("requests_total")
     assert counters.drain() == {"requests_total": 1}
     assert counters.get("requests_total") == 2
-    assert counters.get("failed_loads_total", reason="absent") == 2
+    assert counters.get("failed_loads_total", reason="missing") == 2
     assert counters.get("saved_tokens_total") == 0
 
 
@@ -37,7 +37,7 @@ def test_snapshots_add_up() -> None:
 def test_prometheus_text() -> None:
     text = render(counted().snapshot())
     assert "# TYPE cachegen_requests_total counter\ncachegen_requests_total 1\n" in text
-    assert 'cachegen_failed_loads_total{reason="absent"} 2\n' in text
+    assert 'cachegen_failed_loads_total{reason="missing"} 2\n' in text
     assert text.count("# HELP cachegen_failed_loads_total ") == 1
     assert render({}) == ""
 

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import pytest
 
 from cachegen.connectors import tracker as tracker_module
-from cachegen.connectors.adapter import AdapterSettings, Piece
+from cachegen.connectors.adapter import Piece
 from cachegen.connectors.lookup import Question, Seed
 from cachegen.connectors.metrics import Counters
 from cachegen.connectors.tracker import Plan, Step, Tracker
 from cachegen.errors import ConfigError
+from cachegen.settings import Settings
 
 BLOCK, CHUNK = 16, 64
-SETTINGS = AdapterSettings(chunk_tokens=CHUNK, slo_s=10.0)
+SETTINGS = Settings(chunk_tokens=CHUNK, slo_s=10.0)
 SEED = Seed()
 
 
@@ -196,7 +197,7 @@ def test_blocks_loaded_with_loss_are_never_saved() -> None:
     scene.tracker.allocated("s", shared, 0)
     plan = scene.tracker.plan([Step("s", shared, 32, 168)])
     assert indices(plan) == [1, 2]
-    assert scene.counters.get("skipped_saves_total", reason="loaded with loss") == 1
+    assert scene.counters.get("skipped_saves_total", reason="lossy") == 1
 
 
 def test_blocks_that_are_computed_anew_may_be_saved() -> None:

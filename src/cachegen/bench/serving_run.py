@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 ENGINES = ("hf", "vllm")
 DEFAULT_BANDWIDTH = "100Mbps"
 FOLLOW_UP_TOKENS = 96
+CALIBRATION_FILES = ("calibration_text.txt", "calibration_prompts.txt")
+CALIBRATION_TOKENS = 1 << 15
 # Below this many parameters threads wait for each other longer than they compute.
 SMALL_MODEL = 50_000_000
 
@@ -183,11 +185,16 @@ def _profile(settings: Settings, model: Any, tokenizer: Any, progress: Progress)
 
     if settings.profile is not None:
         return Profile.load(settings.profile)
-    path = Path(settings.model).expanduser() / "calibration_text.txt"
-    if not path.is_file():
+    folder = Path(settings.model).expanduser()
+    files = [folder / name for name in CALIBRATION_FILES if (folder / name).is_file()]
+    if not files:
         raise ConfigError(
-            "profile", got=None, expected="--profile or a calibration_text.txt with the model"
+            "profile", got=None, expected=f"--profile or a {CALIBRATION_FILES[0]} with the model"
         )
     progress("fitting a profile")
-    begin, ids = begin_and_text(tokenizer, path.read_text(encoding="utf-8"))
-    return calibrate(model, ids, begin=begin)
+    begin: list[int] = []
+    texts = []
+    for path in files:
+        begin, ids = begin_and_text(tokenizer, path.read_text(encoding="utf-8"))
+        texts.append(ids)
+    return calibrate(model, texts, begin=begin, tokens=CALIBRATION_TOKENS)

@@ -20,66 +20,33 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cachegen.chunk import DEFAULT_CHUNK_TOKENS, KVChunk
-from cachegen.connectors.coding import ChunkCoder
+from cachegen.chunk import KVChunk
+from cachegen.connectors.coding import ChunkCoder, Coding
 from cachegen.connectors.metrics import Counters
-from cachegen.errors import (
-    DtypeError,
-    FormatError,
-    GeometryError,
-    InputError,
-    KeyMismatchError,
-    NonFiniteError,
-    ProfileError,
-    StoreError,
-)
+from cachegen.errors import DtypeError, GeometryError, NonFiniteError, StoreError
+from cachegen.settings import Settings
 from cachegen.store.base import Store
 from cachegen.store.keys import chunk_keys
-from cachegen.stream.fetch import fetch_chunks
+from cachegen.stream.fetch import Fetcher, FetchHandle
+from cachegen.stream.outcome import FetchedChunk, FetchReport, Reason
+from cachegen.stream.outcome import reason_of as fetch_reason
+from cachegen.stream.plan import Policy
+from cachegen.stream.policies import DeadlinePolicy, FixedPolicy, get_policy
 from cachegen.types import Array, ChunkKey
 
 logger = logging.getLogger("vllm.cachegen")
 
-DEFAULT_SLO_S = 2.0
-DEFAULT_BACKLOG_BYTES = 1 << 30
-
-# Which errors mean what; the first that fits counts.
-_REASONS: tuple[tuple[type[BaseException], str], ...] = (
-    (KeyMismatchError, "other key"),
-    (ProfileError, "profile"),
-    (FormatError, "damaged"),
-    (GeometryError, "geometry"),
-    (DtypeError, "geometry"),
-    (NonFiniteError, "not finite"),
-    (InputError, "damaged"),
-    (StoreError, "store"),
-    (TimeoutError, "store"),
-    (OSError, "store"),
-)
+# Entries that are of no use to anybody: they make room for a good one.
+_USELESS = ("damaged", "other_key", "geometry")
 
 
-def reason_of(error: BaseException) -> str:
+def reason_of(error: Exception) -> str:
     """Return the reason that counters give for an error: here a bad entry becomes a miss."""
-    for kind, reason in _REASONS:
-        if isinstance(error, kind):
-            return reason
-    return "error"
-
-
-@dataclass(frozen=True)
-class AdapterSettings:
-    """What every engine's connector can be told.
-
-    slo_s: a load that is not complete so many seconds after it was first wanted is given up.
-    load_threads: requests that load at once. save_threads: chunks that are encoded at once.
-    backlog_bytes: copies of blocks that may wait to be saved; what would go beyond is not saved.
-    """
-
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
-    slo_s: float = DEFAULT_SLO_S
-    load_threads: int = 4
-    save_threads: int = 1
-    backlog_bytes: int = DEFAULT_BACKLOG_BYTES
+    if isinstance(error, (GeometryError, DtypeError)):
+        return "geometry"
+    if isinstance(error, NonFiniteError):
+        return "not_finite"
+    return fetch_reason(error, Reason.CALLBACK_ERROR).value
 
 
 @dataclass(frozen=True)
@@ -181,14 +148,14 @@ class _Load:
     job: LoadJob
     begin_s: float
     fence: Fence = field(default_factory=Fence)
-    # Set by the thread: pieces that are whole in the cache, and how it ended.
+    handle: FetchHandle | None = None
+    # Pieces that are whole in the cache.
     written: int = 0
-    ended: bool = False
-    reason: str | None = None
+    is_cancelled: bool = False
 
 
 class Loader:
-    """Loads chunks into a paged cache, in threads.
+    """Loads chunks into a paged cache, in threads of a ``Fetcher``.
 
     namespace: 32 bytes of this rank. Every load that is started is reported exactly once.
     """
@@ -200,7 +167,7 @@ class Loader:
         coder: ChunkCoder,
         *,
         namespace: bytes,
-        settings: AdapterSettings,
+        settings: Settings,
         counters: Counters,
     ) -> None:
         self._store = store
@@ -210,38 +177,49 @@ class Loader:
         self._settings = settings
         self._counters = counters
         self._loads: dict[str, _Load] = {}
-        self._threads = ThreadPoolExecutor(settings.load_threads, "cachegen-load")
+        self._fetcher = Fetcher(store, readers=settings.load_threads)
+        self._policy = policy_of(settings, coder.coding)
+        self._mender = ThreadPoolExecutor(1, "cachegen-mend")
 
     def start(self, job: LoadJob) -> None:
         """Begin a load; its request must not have another one under way."""
         assert job.request_id not in self._loads, job.request_id
         load = _Load(job, time.monotonic())
         self._loads[job.request_id] = load
-        self._threads.submit(self._run, load)
+        chains = [piece.chain for piece in job.pieces]
+        load.handle = self._fetcher.request(
+            chunk_keys(self._namespace, chains, self._coder.coding.label),
+            policy=self._policy,
+            deadline_s=job.budget_s,
+            quality=self._coder.coding.quality,
+            decode=self._decode,
+            deliver=lambda item: self._write(load, item),
+            fence=lambda: load.fence.is_open,
+        )
 
     def cancel(self, request_id: str) -> None:
         """Stop a load, if there is one; ``poll`` still reports it."""
         load = self._loads.get(request_id)
         if load is not None:
-            load.reason = load.reason or "aborted"
-            load.fence.close()
+            load.is_cancelled = True
 
     def poll(self) -> list[LoadReport]:
         """Return the loads that have ended since the last call.
 
-        A load that is late or cancelled ends here, whatever its thread is waiting for. After a
+        A load that is late or cancelled ends here, whatever its threads are waiting for. After a
         load is returned nothing writes to its blocks any more.
         """
         now = time.monotonic()
         reports = []
         for load in list(self._loads.values()):
+            assert load.handle is not None
             late = now - load.begin_s > load.job.budget_s
-            if not (load.ended or late or not load.fence.is_open):
+            if not (load.handle.is_over or late or load.is_cancelled):
                 continue
             load.fence.close()
-            if load.written < len(load.job.pieces):
-                load.reason = load.reason or "late"
-            reports.append(self._report(load, now))
+            fetched = load.handle.report()
+            load.handle.cancel()
+            reports.append(self._report(load, fetched, now - load.begin_s))
             del self._loads[load.job.request_id]
         return reports
 
@@ -249,83 +227,81 @@ class Loader:
         """Stop all loads; waits for no store."""
         for load in self._loads.values():
             load.fence.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._fetcher.close()
+        self._mender.shutdown(wait=False, cancel_futures=True)
 
-    def _report(self, load: _Load, now: float) -> LoadReport:
-        pieces = load.job.pieces
-        count = self._counters.add
-        count("loads_total")
-        count("load_seconds_total", now - load.begin_s)
-        reason = load.reason if load.written < len(pieces) else None
-        if reason is not None:
-            count("failed_loads_total", reason=reason)
-            logger.info(
-                "request %s: loaded %d of %d chunks: %s",
-                load.job.request_id,
-                load.written,
-                len(pieces),
-                reason,
+    def _decode(self, data: bytes, item: FetchedChunk) -> KVChunk:
+        return self._coder.decode(data, item.key, profile=item.profile)
+
+    def _write(self, load: _Load, item: FetchedChunk) -> None:
+        """Write a chunk layer by layer, as long as the fence is open."""
+        chunk, piece = item.chunk, load.job.pieces[item.index]
+        assert chunk is not None and item.index == load.written
+        if chunk.tokens != self._settings.chunk_tokens:
+            raise GeometryError(
+                "tokens of a stored chunk", got=chunk.tokens, expected=self._settings.chunk_tokens
             )
-        failed = {block for piece in pieces[load.written :] for block in piece.block_ids}
-        return LoadReport(load.job.request_id, frozenset(failed), reason)
-
-    def _run(self, load: _Load) -> None:
-        try:
-            reason = self._load_pieces(load)
-        except Exception as error:
-            reason = reason_of(error)
-            self._log_failure(load, error, reason)
-        load.reason = load.reason or reason
-        load.ended = True
-
-    def _load_pieces(self, load: _Load) -> str | None:
-        pieces = load.job.pieces
-        chains = [piece.chain for piece in pieces]
-        keys = chunk_keys(self._namespace, chains, self._coder.coding.label)
-        if not load.fence.is_open:
-            return "aborted"
-        fetched = fetch_chunks(
-            self._store, keys, self._coder.decode, quality=self._coder.coding.quality
-        )
-        for piece, item in zip(pieces, fetched, strict=False):
-            self._counters.add("network_seconds_total", item.network_s)
-            self._counters.add("decode_seconds_total", item.decode_s)
-            self._counters.add("loaded_bytes_total", item.size_bytes)
-            if item.chunk is None:
-                return "absent"
-            if item.chunk.tokens != self._settings.chunk_tokens:
-                return "geometry"
-            if not self._write(load, piece, item.chunk):
-                return "aborted"
-        return None
-
-    def _write(self, load: _Load, piece: Piece, chunk: KVChunk) -> bool:
-        """Write a chunk layer by layer; returns False when the fence was closed."""
         for layer, blocks in enumerate(self._cache.to_blocks(chunk)):
             with load.fence.writing() as allowed:
                 if not allowed:
-                    return False
+                    return
                 self._cache.write_layer(
                     layer, blocks, piece.block_ids, skip_blocks=piece.skip_blocks
                 )
         self._cache.finish_writes()
         load.written += 1
-        self._counters.add("loaded_tokens_total", chunk.tokens)
-        return True
 
-    def _log_failure(self, load: _Load, error: Exception, reason: str) -> None:
-        index = min(load.written, len(load.job.pieces) - 1)
-        name = self._name(load.job.pieces[index])
-        logger.warning("request %s: chunk %s: %s", load.job.request_id, name, error)
-        if reason in ("damaged", "other key", "geometry"):
-            # So that the chunk that is computed instead can take its place.
-            try:
-                self._store.delete(name)
-            except StoreError as failed:
-                logger.warning("chunk %s cannot be deleted: %s", name, failed)
+    def _report(self, load: _Load, fetched: FetchReport, seconds: float) -> LoadReport:
+        pieces = load.job.pieces
+        count = self._counters.add
+        count("loads_total")
+        count("load_seconds_total", seconds)
+        count("loaded_bytes_total", fetched.wire_bytes)
+        count("loaded_tokens_total", load.written * self._settings.chunk_tokens)
+        for item in fetched.chunks:
+            count("network_seconds_total", item.network_s)
+            count("decode_seconds_total", item.decode_s)
+        failed = {block for piece in pieces[load.written :] for block in piece.block_ids}
+        reason = self._reason(load, fetched) if failed else None
+        if reason is not None:
+            count("failed_loads_total", reason=reason)
+            logger.info(
+                "request %s: %d of %d chunks loaded: %s: %s",
+                load.job.request_id,
+                load.written,
+                len(pieces),
+                reason,
+                fetched.error or "no error",
+            )
+        return LoadReport(load.job.request_id, frozenset(failed), reason)
 
-    def _name(self, piece: Piece) -> str:
-        return chunk_keys(self._namespace, [piece.chain], self._coder.coding.label)[0].name
+    def _reason(self, load: _Load, fetched: FetchReport) -> str:
+        """Say why a load stopped where it did."""
+        if load.is_cancelled:
+            return Reason.CANCELLED.value
+        if len(fetched.chunks) <= load.written:
+            return Reason.LATE.value
+        item = fetched.chunks[load.written]
+        reason = item.reason.value if item.error is None else reason_of(item.error)
+        if reason in _USELESS:
+            self._mender.submit(self._delete, item.key.name)
+        # A fence that closed first is ours: the load was late.
+        return Reason.LATE.value if item.reason in (Reason.LOADED, Reason.FENCED) else reason
+
+    def _delete(self, name: str) -> None:
+        try:
+            self._store.delete(name)
+        except StoreError as error:
+            logger.warning("chunk %s cannot be deleted: %s", name, error)
+
+
+def policy_of(settings: Settings, coding: Coding) -> Policy:
+    """Return the planner of loads: an engine recomputes what does not come, after the load."""
+    if coding.quality is None:
+        return FixedPolicy()
+    if settings.policy == DeadlinePolicy().name:
+        return DeadlinePolicy(recompute="never")
+    return get_policy(settings.policy)
 
 
 class Saver:
@@ -338,7 +314,7 @@ class Saver:
         coder: ChunkCoder,
         *,
         namespace: bytes,
-        settings: AdapterSettings,
+        settings: Settings,
         counters: Counters,
     ) -> None:
         self._store = store
@@ -389,7 +365,7 @@ class Saver:
     def _save(self, piece: Piece, copy: BlockCopy) -> None:
         (key,) = chunk_keys(self._namespace, [piece.chain], self._coder.coding.label)
         if self._store.exists([key.name])[0]:
-            self.skip("stored already")
+            self.skip("stored")
             return
         tokens = self._settings.chunk_tokens
         chunk = self._to_chunk(copy.ready(), first_position=piece.index * tokens)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from cachegen.chunk import KVChunk
 from cachegen.codec.base import Codec
 from cachegen.codec.levels import NAMED
 from cachegen.codec.progressive import ProgressiveCodec
-from cachegen.codec.reader import ObjectReader
-from cachegen.codec.registry import CODECS, codec_class, get_codec
+from cachegen.codec.registry import CODECS, decode, get_codec
 from cachegen.errors import ConfigError
-from cachegen.stream.autoprofile import AutoProfile
+from cachegen.profile import Profile, require_profile
+from cachegen.stream.autoprofile import AutoProfile, ProfileStore
 from cachegen.types import ChunkKey
 
 EXACT = ("lossless", "raw")
@@ -69,13 +69,50 @@ class Coding:
         return get_codec(self.codec, **self.settings, **more)
 
 
+class Profiles(Protocol):
+    """Where profiles come from, see ``AutoProfile``."""
+
+    def observe(self, chunk: KVChunk) -> Profile | None:
+        """Take in a chunk; returns the profile to encode it with, or None."""
+
+    def find(self, digest: bytes) -> Profile:
+        """Return the profile that an object names. Raises: ProfileError."""
+
+
+class OneProfile:
+    """A profile from a file, for every chunk."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._profile = profile
+
+    def observe(self, chunk: KVChunk) -> Profile | None:
+        """Return the profile; ragged chunks go without."""
+        return self._profile if chunk.is_uniform else None
+
+    def find(self, digest: bytes) -> Profile:
+        """Return the profile if it is the one. Raises: ProfileError."""
+        return require_profile(self._profile, digest)
+
+
+def profiles_of(setting: str, store: ProfileStore, namespace: bytes) -> Profiles | None:
+    """Return what the ``profile`` setting says: ``auto``, ``none`` or a file.
+
+    Raises: FileNotFoundError, ProfileError.
+    """
+    if setting == "none":
+        return None
+    if setting == "auto":
+        return AutoProfile(store, namespace)
+    return OneProfile(Profile.load(setting))
+
+
 class ChunkCoder:
     """Encodes and decodes the chunks of one namespace; thread-safe.
 
     profiles: where profiles of ``progressive`` objects are made and found, or None for none.
     """
 
-    def __init__(self, coding: Coding, profiles: AutoProfile | None = None) -> None:
+    def __init__(self, coding: Coding, profiles: Profiles | None = None) -> None:
         self.coding = coding
         self._profiles = profiles if coding.codec == ProgressiveCodec.name else None
         self._plain = coding.make()
@@ -89,12 +126,14 @@ class ChunkCoder:
         codec = self._plain if profile is None else self.coding.make(profile=profile)
         return codec.encode(chunk, key=key)
 
-    def decode(self, data: bytes, key: ChunkKey) -> KVChunk:
-        """Decode an object, or the part of one that was read. Raises: as ``cachegen.decode``."""
+    def decode(self, data: bytes, key: ChunkKey, *, profile: bytes | None) -> KVChunk:
+        """Decode an object, or the part of one that was read.
+
+        profile: digest of the profile that the object names, if it does.
+        Raises: as ``cachegen.decode``, ProfileError.
+        """
+        found = None
+        if profile is not None and self._profiles is not None:
+            found = self._profiles.find(profile)
         partial = self.coding.quality is not None
-        reader = ObjectReader(data, key=key, allow_partial=partial)
-        digest = reader.header.profile
-        profile = None
-        if digest is not None and self._profiles is not None:
-            profile = self._profiles.find(digest)
-        return codec_class(reader.header.codec_id).decode_object(reader, profile=profile)
+        return decode(data, key=key, allow_partial=partial, profile=found)

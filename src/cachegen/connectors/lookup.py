@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from cachegen.connectors.adapter import AdapterSettings, names_of, reason_of
+from cachegen.connectors.adapter import names_of, reason_of
 from cachegen.connectors.coding import Coding
 from cachegen.connectors.metrics import Counters
+from cachegen.settings import Settings
 from cachegen.store.base import Store
+from cachegen.store.clock import deadline
 from cachegen.store.keys import chain_digests
+from cachegen.stream.outcome import Reason
 
 logger = logging.getLogger("vllm.cachegen")
 
@@ -70,7 +73,7 @@ class Lookup:
         coding: Coding,
         *,
         namespaces: Sequence[bytes],
-        settings: AdapterSettings,
+        settings: Settings,
         counters: Counters,
     ) -> None:
         self._store = store
@@ -87,7 +90,7 @@ class Lookup:
         self._counters.add("requests_total")
         self._counters.add("looked_up_tokens_total", len(tokens))
         if len(tokens) < self._settings.chunk_tokens:
-            self._settle(question, 0, "shorter than a chunk")
+            self._settle(question, 0, "short")
         else:
             self._threads.submit(self._run, question)
         return question
@@ -97,7 +100,7 @@ class Lookup:
         if question.asked_s is None:
             question.asked_s = time.monotonic()
         if question.chunks is None and question.waited_s > self._settings.slo_s:
-            self._settle(question, 0, "late")
+            self._settle(question, 0, Reason.LATE.value)
         return question.chunks
 
     def close(self) -> None:
@@ -112,11 +115,12 @@ class Lookup:
             names = [
                 name for chain in chains for name in names_of(self._namespaces, chain, self._label)
             ]
-            present = self._store.exists(names)
+            with deadline(self._settings.slo_s):
+                present = self._store.exists(names)
             count = 0
             while count < len(chains) and all(present[count * ranks : (count + 1) * ranks]):
                 count += 1
-            self._settle(question, count, "absent")
+            self._settle(question, count, Reason.MISSING.value)
         except Exception as error:
             logger.warning("look-up of a prompt: %s", error)
             self._settle(question, 0, reason_of(error))

@@ -15,10 +15,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from cachegen.connectors.adapter import AdapterSettings, LoadJob, Piece, SaveJob
+from cachegen.connectors.adapter import LoadJob, Piece, SaveJob
 from cachegen.connectors.lookup import Lookup, Question, Seed
 from cachegen.connectors.metrics import Counters
 from cachegen.errors import ConfigError
+from cachegen.settings import Settings
 
 # Chains of chunks that were handed over for saving; more than an engine's cache ever holds.
 MAX_REMEMBERED = 1 << 17
@@ -55,6 +56,7 @@ class Plan:
 class _Track:
     request_id: str
     tokens: Sequence[int]
+    prompt_tokens: int
     seed: Seed
     question: Question | None
     block_ids: list[int] = field(default_factory=list)
@@ -78,7 +80,7 @@ class Tracker:
         lookup: Lookup,
         *,
         block_tokens: int,
-        settings: AdapterSettings,
+        settings: Settings,
         counters: Counters,
         loads: bool,
         saves: bool,
@@ -109,8 +111,9 @@ class Tracker:
     def add(self, request_id: str, tokens: Sequence[int], seed: Seed) -> None:
         """Take in a request and begin its look-up. tokens: a live view that grows."""
         if request_id not in self._tracks:
-            question = self._lookup.ask(list(tokens), seed)
-            self._tracks[request_id] = _Track(request_id, tokens, seed, question)
+            prompt = list(tokens)
+            question = self._lookup.ask(prompt, seed)
+            self._tracks[request_id] = _Track(request_id, tokens, len(prompt), seed, question)
 
     def knows(self, request_id: str) -> bool:
         """True for a request that was added and has not ended."""
@@ -132,7 +135,8 @@ class Tracker:
         if track.barred is not None:
             chunks = min(chunks, track.barred)
         found = min(chunks * self._settings.chunk_tokens, len(track.tokens) - 1)
-        return max(0, found - local_tokens)
+        beyond = found - local_tokens
+        return beyond if beyond >= max(1, self._settings.min_hit_tokens) else 0
 
     def allocated(self, request_id: str, block_ids: Sequence[int], loaded_tokens: int) -> None:
         """Take note of the blocks a request got; loaded_tokens: to load, as ``matched`` said."""
@@ -191,7 +195,7 @@ class Tracker:
                 self._inexact_blocks.difference_update(step.block_ids)
             else:
                 track.block_ids = list(step.block_ids)
-            reached = min(step.computed + step.scheduled, len(track.tokens))
+            reached = min(step.computed + step.scheduled, self._worth_saving(track))
             pieces = self._due(track, reached)
             if pieces:
                 saves.append(SaveJob(track.request_id, pieces))
@@ -220,12 +224,16 @@ class Tracker:
         if not is_complete:
             return False
         track.block_ids = list(block_ids)
-        pieces = self._due(track, min(computed, len(track.tokens)))
+        pieces = self._due(track, min(computed, self._worth_saving(track)))
         if not pieces:
             return False
         self._end_saves.append(SaveJob(request_id, pieces))
         self._released.append(request_id)
         return True
+
+    def _worth_saving(self, track: _Track) -> int:
+        """Return how many of a request's tokens may be saved."""
+        return len(track.tokens) if self._settings.save_decode else track.prompt_tokens
 
     def _due(self, track: _Track, reached: int) -> tuple[Piece, ...]:
         """Return the chunks that are whole in the cache now and not yet saved."""
@@ -247,7 +255,7 @@ class Tracker:
             if time.monotonic() - self._handed_over.get(piece.chain, -RETRY_S) < RETRY_S:
                 continue
             if self._inexact_blocks.intersection(piece.block_ids):
-                self._counters.add("skipped_saves_total", reason="loaded with loss")
+                self._counters.add("skipped_saves_total", reason="lossy")
                 continue
             self._remember(piece.chain)
             due.append(piece)

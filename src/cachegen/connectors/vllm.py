@@ -7,6 +7,7 @@ no block has to be held but at the end of a request whose last chunk became know
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,16 +21,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from cachegen.connectors import vllm_model
 from cachegen.connectors.adapter import Loader, Saver, logger
-from cachegen.connectors.coding import ChunkCoder
+from cachegen.connectors.coding import ChunkCoder, Coding, profiles_of
 from cachegen.connectors.lookup import Lookup, Seed
 from cachegen.connectors.metrics import Counters
 from cachegen.connectors.paged import PagedCache
 from cachegen.connectors.tracker import Plan, Step, Tracker
 from cachegen.connectors.vllm_blocks import paged_cache
-from cachegen.connectors.vllm_settings import ConnectorSettings
 from cachegen.connectors.vllm_stats import CacheGenPromMetrics, CacheGenStats
+from cachegen.errors import ConfigError
+from cachegen.settings import Settings, load_settings
 from cachegen.store.open import open_store
-from cachegen.stream.autoprofile import AutoProfile
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -56,11 +57,11 @@ class CacheGenConnector(KVConnectorBase_V1):  # type: ignore[misc]
     ) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         transfer = vllm_config.kv_transfer_config
-        settings = ConnectorSettings.of(transfer.kv_connector_extra_config)
+        settings = _settings_of(transfer.kv_connector_extra_config)
         self._counters = Counters()
         self._scheduler: _SchedulerSide | None = None
         self._worker: _WorkerSide | None = None
-        ranks = vllm_model.all_ranks(vllm_config, chunk_tokens=settings.adapter.chunk_tokens)
+        ranks = vllm_model.all_ranks(vllm_config, chunk_tokens=settings.chunk_tokens)
         vllm_model.check_groups(kv_cache_config)
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = _SchedulerSide(vllm_config, settings, ranks, self._counters)
@@ -184,29 +185,30 @@ class _SchedulerSide:
     def __init__(
         self,
         vllm_config: VllmConfig,
-        settings: ConnectorSettings,
+        settings: Settings,
         ranks: list[vllm_model.Rank],
         counters: Counters,
     ) -> None:
         transfer = vllm_config.kv_transfer_config
-        coding = settings.coding
+        coding = Coding.choose(settings.quality, codec=settings.codec)
         lookup = Lookup(
-            open_store(settings.store),
+            open_store(settings.store or ""),
             coding,
             namespaces=[rank.namespace for rank in ranks],
-            settings=settings.adapter,
+            settings=settings,
             counters=counters,
         )
         self.tracker = Tracker(
             lookup,
             block_tokens=vllm_config.cache_config.block_size,
-            settings=settings.adapter,
+            settings=settings,
             counters=counters,
             loads=transfer.is_kv_consumer,
-            saves=transfer.is_kv_producer,
+            saves=transfer.is_kv_producer and settings.save,
             is_exact=coding.is_exact,
         )
         self._lookup = lookup
+        self._settings = settings
         self._loras: dict[tuple[str, str], bytes] = {}
         if transfer.is_kv_consumer and transfer.kv_load_failure_policy != "recompute":
             logger.warning(
@@ -225,7 +227,7 @@ class _SchedulerSide:
         try:
             seed = Seed(
                 lora=self._lora(request.lora_request),
-                tenant=(request.cache_salt or "").encode(),
+                tenant=self._tenant(request.cache_salt),
                 multimodal=tuple(item.identifier.encode() for item in request.mm_features),
             )
         except OSError as error:
@@ -259,6 +261,11 @@ class _SchedulerSide:
         """Stop looking up."""
         self._lookup.close()
 
+    def _tenant(self, salt: str | None) -> bytes:
+        """Join the tenant of the settings and the salt of the request, unambiguously."""
+        parts = (self._settings.tenant, salt or "")
+        return json.dumps(parts).encode() if any(parts) else b""
+
     def _lora(self, lora_request: Any) -> bytes:
         if lora_request is None:
             return b""
@@ -272,7 +279,7 @@ class _WorkerSide:
     def __init__(
         self,
         vllm_config: VllmConfig,
-        settings: ConnectorSettings,
+        settings: Settings,
         rank: vllm_model.Rank,
         counters: Counters,
     ) -> None:
@@ -290,9 +297,9 @@ class _WorkerSide:
         """Recognise the cache's layout and get ready. Raises: UnsupportedModelError."""
         rank, settings = self._rank, self._settings
         cache = paged_cache(kv_caches, self._vllm_config, geometry=rank.geometry)
-        store = open_store(settings.store)
-        profiles = AutoProfile(store, rank.namespace) if settings.profile else None
-        coder = ChunkCoder(settings.coding, profiles)
+        store = open_store(settings.store or "")
+        coding = Coding.choose(settings.quality, codec=settings.codec)
+        coder = ChunkCoder(coding, profiles_of(settings.profile, store, rank.namespace))
 
         def to_chunk(blocks: list[Any], *, first_position: int) -> Any:
             return cache.to_chunk(blocks, first_position=first_position, rope=rank.rope)
@@ -303,7 +310,7 @@ class _WorkerSide:
             cache,
             coder,
             namespace=rank.namespace,
-            settings=settings.adapter,
+            settings=settings,
             counters=self._counters,
         )
         self._saver = Saver(
@@ -311,7 +318,7 @@ class _WorkerSide:
             to_chunk,
             coder,
             namespace=rank.namespace,
-            settings=settings.adapter,
+            settings=settings,
             counters=self._counters,
         )
 
@@ -360,6 +367,24 @@ class _WorkerSide:
             self._loader.close()
         if self._saver is not None:
             self._saver.close(wait_s=CLOSE_WAIT_S)
+
+
+def _settings_of(extra_config: dict[str, Any]) -> Settings:
+    """Read the settings. Raises: ConfigError."""
+    settings = load_settings(extra_config)
+    for note in settings.notes:
+        logger.warning("setting without effect: %s", note)
+    if settings.save_tail:
+        logger.warning("setting without effect: save_tail: vLLM's chunks are saved whole")
+    if not settings.store or settings.store.startswith("memory:"):
+        raise ConfigError(
+            "store",
+            got=settings.store,
+            expected="a URL that several processes can reach",
+            remedy="vLLM's scheduler and workers may be processes of their own: redis://, s3:// "
+            "or file:///folder in kv_connector_extra_config",
+        )
+    return settings
 
 
 def _steps(output: SchedulerOutput) -> Iterator[Step]:
