@@ -267,7 +267,8 @@ def _links_text(result: dict[str, Any]) -> str:
     lowest, *_, highest = result["trace_mean_mbit_per_s"]
     return (
         f"<p>{result['traces']} traces; their means range from {lowest:,.0f} to {highest:,.0f} "
-        "Mbit/s. Requests that load at the same time get equal shares.</p>"
+        "Mbit/s. Of requests that load at the same time the one with the earliest deadline gets three "
+        "quarters of the link, whatever the policy; the rest is shared equally.</p>"
     )
 
 

@@ -143,8 +143,12 @@ class DeadlinePolicy:
     def _first_step(
         self, state: PlanState, asked: list[int], odds: list[float], *, hopeless: bool
     ) -> Fetch | None:
-        """Return the first step of the last chunk that is not safely left to recomputing."""
-        for index in range(len(state.chunks) - 1, -1, -1):
+        """Return the first step of the last chunk that is not safely left to recomputing.
+
+        Where nothing is recomputed a chunk is of use only with all before it: then the first one.
+        """
+        places = range(len(state.chunks))
+        for index in places if state.speeds.prefill is None else reversed(places):
             steps = state.chunks[index].curve.steps
             if not steps or index == state.recomputing or not _is_open(state, asked, index):
                 continue
