@@ -143,6 +143,18 @@ def test_the_front_is_recomputed_and_not_loaded() -> None:
     assert outcome.distortion == pytest.approx(0.05 / 4)
 
 
+def test_separate_levels_are_chosen_by_risk() -> None:
+    state = state_of(4, separate=True)  # 10,000 bytes/s for 1 s
+    _, actions = play_out(DeadlinePolicy(), state)
+    # All four fit at the second level; what is left over then goes to the last ones.
+    assert [action.level for _, action in actions if isinstance(action, Fetch)][:2] == [1, 1]
+    unsure = replace(state, link=LinkEstimate(math.log(10_000), 0.5))
+    assert DeadlinePolicy().next(unsure) == Fetch(0, 0, 1000, level=0)
+    assert DeadlinePolicy(late_target=0.4).next(unsure) == Fetch(0, 0, 2000, level=1)
+    # Nothing is asked for twice: bytes of another level are lost.
+    assert len({action.chunk for _, action in actions}) == len(actions) == 4
+
+
 def test_recomputing_can_be_left_alone() -> None:
     state = state_of(4, prefill_token_s=0.003)
     for mode in ("needed", "never"):

@@ -4,7 +4,8 @@ A ``progressive`` object can be handed over at any step, so the only way to be l
 has nothing usable. First steps therefore come before everything else, from the back, while the
 machine recomputes from the front; the two meet. What is left of the link then goes wherever a byte
 removes most expected distortion, over all chunks. Because the curves are convex that order is the
-best one for every amount of bytes that may still come: no bet on the bandwidth is made.
+best one for every amount of bytes that may still come: no bet on the bandwidth is made. Only where
+levels are separate objects a level has to be chosen, by the probability of being late with it.
 
 Source: greedy on convex curves is reverse water-filling; Cake (arXiv 2410.03065) for the two ends.
 """
@@ -153,14 +154,36 @@ class DeadlinePolicy:
             if not steps or index == state.recomputing or not _is_open(state, asked, index):
                 continue
             if hopeless or odds[index] < 1.0 - self.late_target:
-                return _fetch(state, index, asked[index], 0)
+                separate = state.chunks[index].curve.separate
+                level = self._level(state, asked, odds) if separate and not hopeless else 0
+                return _fetch(state, index, asked[index], level)
         return None
+
+    def _level(self, state: PlanState, asked: list[int], odds: list[float]) -> int:
+        """Return the finest level at which all that is still open is in time, or the coarsest.
+
+        Where levels are separate objects nothing can be refined later, so the risk is taken here.
+        """
+        open_chunks = [
+            chunk.curve.steps
+            for index, chunk in enumerate(state.chunks)
+            if odds[index] < 1.0 - self.late_target
+            and index != state.recomputing
+            and chunk.curve.steps
+            and _is_open(state, asked, index)
+        ]
+        for level in range(max(map(len, open_chunks)) - 1, 0, -1):
+            size = state.bytes_under_way
+            size += sum(steps[min(level, len(steps) - 1)].end_bytes for steps in open_chunks)
+            if state.link.probability_late(size, state.left_s) <= self.late_target:
+                return level
+        return 0
 
     def _refinement(self, state: PlanState, asked: list[int], odds: list[float]) -> Fetch | None:
         """Return the step that removes most expected distortion per byte, anywhere."""
         best, best_index, best_step, left = 0.0, -1, 0, 0.0
         for index, chunk in enumerate(state.chunks):
-            if chunk.recomputed or not chunk.curve.steps:
+            if chunk.recomputed or not chunk.curve.steps or chunk.curve.separate:
                 continue
             curve, at = chunk.curve, asked[index]
             step = _steps_within(state, index, at)
@@ -169,7 +192,7 @@ class DeadlinePolicy:
             left += now * curve.tokens * doubt
             if step == 0 or step >= len(curve.steps) or doubt <= self.late_target:
                 continue
-            size = curve.steps[step].end_bytes - (0 if curve.separate else at)
+            size = curve.steps[step].end_bytes - at
             gain = (now - curve.steps[step].distortion) * curve.tokens * doubt / size
             # Equal gains go to the later chunk: the front may yet be recomputed.
             if gain >= best and gain > 0:
@@ -216,5 +239,6 @@ def _steps_within(state: PlanState, index: int, size_bytes: int) -> int:
 
 def _fetch(state: PlanState, index: int, at: int, step: int) -> Fetch:
     curve = state.chunks[index].curve
+    step = min(step, len(curve.steps) - 1)
     end = curve.steps[step].end_bytes
     return Fetch(index, 0, end, step) if curve.separate else Fetch(index, at, end)
