@@ -200,7 +200,7 @@ class Workload:
     gap_s: float = 2.0
     slo_s: float | None = None
     prefill_share: float = 0.5
-    prefill_over_slo: tuple[float, float] = (0.5, 3.0)
+    prefill_over_slo: tuple[float, float] = (0.5, 2.0)
     latency_s: float = 0.005
     decode_bytes_per_s: float = 4e9
     question_tokens: int = 64
