@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from cachegen.stream.traces import Trace
 
 DEFAULT_BANDWIDTH = "100Mbps"
-_SECONDS = {"s": 1.0, "ms": 1e-3}
 # How long the last rate of a trace holds that says nothing else.
 _LAST_S = 3600.0
 
@@ -65,14 +64,14 @@ def demo(
 ) -> None:
     """Capture, encode, stream back, decode, inject and generate: every mode in one table."""
     from cachegen.bench.report import plot_demo, print_demo, write_json
-    from cachegen.store.limit import parse_bandwidth, parse_quantity
+    from cachegen.units import parse_bandwidth, parse_seconds
     from cachegen.store.open import open_store
     from cachegen.stream.policies import get_policy
 
     get_policy(policy)
     bandwidth = bandwidth or ("none" if store or trace else DEFAULT_BANDWIDTH)
     rate = None if bandwidth == "none" else parse_bandwidth(bandwidth)
-    slo_s = None if slo is None else parse_quantity(slo, _SECONDS, what="--slo")
+    slo_s = None if slo is None else parse_seconds(slo)
     varying = None if trace is None else read_trace(trace)
     with errors.status("loading libraries"):
         from cachegen.bench.demo import STEPS, Setup, find_profile, run_demo
@@ -107,7 +106,7 @@ def read_trace(text: str) -> Trace:
     Every rate holds for the time behind its colon; the last one may do without.
     Raises: ConfigError, FileNotFoundError if it is neither.
     """
-    from cachegen.store.limit import parse_bandwidth, parse_quantity
+    from cachegen.units import parse_bandwidth, parse_seconds
     from cachegen.stream.traces import Trace, parse_trace
 
     path = Path(text)
@@ -124,6 +123,6 @@ def read_trace(text: str) -> Trace:
                 "trace", got=repr(piece), expected="a rate and for how long, such as 100Mbps:0.2s"
             )
         rates.append(parse_bandwidth(rate))
-        lasts = parse_quantity(seconds, _SECONDS, what="time of a trace") if colon else _LAST_S
+        lasts = parse_seconds(seconds) if colon else _LAST_S
         times.append(times[-1] + lasts)
     return Trace(text, tuple(times), tuple(rates))
