@@ -129,7 +129,9 @@ def capture(
 def encode(
     kv_file: Annotated[Path, typer.Argument(help="What `cachegen capture` wrote.")],
     output: OutOption,
-    codec: Annotated[str, typer.Option(help="raw, int8, cachegen or progressive.")] = "cachegen",
+    codec: Annotated[
+        str, typer.Option(help="raw, lossless, int8, cachegen or progressive.")
+    ] = "cachegen",
     level: Annotated[int | None, typer.Option(help="cachegen: 1 (smallest) to 3.")] = None,
     delta: Annotated[str | None, typer.Option(help="cachegen: none or anchor.")] = None,
     tables: Annotated[
