@@ -128,6 +128,7 @@ class ProgressiveCodec(Codec):
         step = float(np.float32(relative * spread)) if spread > 0 else 1.0
         segments: list[SegmentBody] = []
         reach = ladder.reach(count) * step
+        weights = basis.error_weights()
         for index, (prepared, pair) in enumerate(zip(groups, _pairs(basis), strict=True)):
             group = prepared
             beyond = np.flatnonzero((np.abs(group.coefficients) > reach).any(axis=1))
@@ -135,7 +136,7 @@ class ProgressiveCodec(Codec):
             if len(beyond):
                 also = np.union1d(sinks, beyond)
                 group = _Prepared.of(chunk, *pair, basis, also=also)
-            segments += group.encode(index, step, count)
+            segments += group.encode(index, step, count, weights[index])
         return write_object(
             chunk,
             codec_id=self.codec_id,
@@ -244,7 +245,8 @@ class _Prepared:
         centred[outliers] = 0
         return cls(centred, side, statistics)
 
-    def encode(self, index: int, step: float, count: int) -> list[SegmentBody]:
+    def encode(self, index: int, step: float, count: int, weight: float) -> list[SegmentBody]:
+        """Code all passes. weight: what a squared error of this group counts in the table."""
         scaled = self.coefficients / np.float32(step)
         digits = ladder.climb(scaled, count)
         if self.statistics is None:
@@ -258,7 +260,7 @@ class _Prepared:
             side = self.side.with_offset(offset)
         scale_class = classes % ladder.CLASSES
         decay, errors = passes.fit_decay(scaled, digits, scale_class)
-        distortions = [error * step * step for error in errors]
+        distortions = [error * step * step * weight for error in errors]
         body = side.with_decay(decay).to_bytes(plain=self.statistics is None)
         return [
             SegmentBody(index, 0, SIDE, body, distortions[0]),
