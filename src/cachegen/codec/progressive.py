@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cachegen.chunk import KVChunk
 from cachegen.codec import ladder, passes
-from cachegen.codec.base import Codec, empty_chunk
+from cachegen.codec.base import Codec
 from cachegen.codec.basis import (
     MEASURED_WEIGHT,
     GroupBasis,
@@ -28,13 +28,15 @@ from cachegen.codec.basis import (
     planes_of_group,
 )
 from cachegen.codec.container import SIDE, write_object
+from cachegen.codec.fused import channels_of, decode_plain
 from cachegen.codec.header import Group, Header, SegmentBody, plane_groups
 from cachegen.codec.reader import ObjectReader
-from cachegen.codec.rotary import rotate
+from cachegen.codec.reference import decode_group, profile_classes
 from cachegen.codec.side import GroupSide
+from cachegen.codec.target import Target
 from cachegen.errors import ConfigError, CorruptError, NonFiniteError, ProfileError
 from cachegen.profile import Profile, require_profile
-from cachegen.types import Array, ChunkKey, KVDtype
+from cachegen.types import Array, ChunkKey
 
 Floats = NDArray[np.float32]
 
@@ -158,43 +160,23 @@ class ProgressiveCodec(Codec):
         return self.passes or passes_, step if self.step is None else self.step
 
     @classmethod
-    def decode_object(cls, reader: ObjectReader, *, profile: Profile | None) -> KVChunk:
+    def decode_into(cls, reader: ObjectReader, target: Target, *, profile: Profile | None) -> None:
         header = reader.header
         step, value_weight = _unpack_params(header)
         basis = _basis_of(header, profile)
         if basis.groups != header.groups:
             raise CorruptError("groups", got="others than the basis", expected="those of the basis")
-        chunk = empty_chunk(header)
-        for index, (group, statistics) in enumerate(_pairs(basis)):
-            held = chunk.layers[group.layer]
-            tokens = held.tokens
-            channels = sum(
-                header.geometry.kv_heads * header.geometry.plane_dim(is_value=side)
-                for _, side in planes_of_group(group)
-            )
-            side = GroupSide.from_bytes(
-                reader.side(index, 0), tokens, channels, header.geometry.dtype, statistics is None
-            )
-            classes = side.classes
-            if statistics is not None:
-                classes = _profile_classes(statistics, step, side.class_offset)
-            digits = passes.read(reader, index, (tokens, channels), classes)
-            values = ladder.descend(
-                digits, header.passes, classes % ladder.CLASSES, side.decay / 64
-            )
-            values *= np.float32(step)
-            _write_group(header, chunk, group, statistics, side, values, value_weight)
-        return chunk
+        if header.profile is None:
+            decode_plain(reader, target, step=step, value_weight=value_weight)
+            return
+        for index, pair in enumerate(_pairs(basis)):
+            decode_group(reader, target, index, *pair, step=step, value_weight=value_weight)
 
     @classmethod
     def coded_shape(cls, header: Header, group: int, pass_index: int) -> tuple[int, int, int]:
         entry = header.groups[group]
         begin, end = header.ranges[entry.layer]
-        channels = sum(
-            header.geometry.kv_heads * header.geometry.plane_dim(is_value=side)
-            for _, side in planes_of_group(entry)
-        )
-        return end - begin, channels, 0
+        return end - begin, channels_of(header, entry), 0
 
 
 def _pairs(basis: ModelBasis) -> list[tuple[Group, GroupBasis | None]]:
@@ -254,9 +236,9 @@ class _Prepared:
             side = self.side.with_classes(classes)
         else:
             offset = passes.fit_offset(
-                digits, lambda shift: _profile_classes(self.statistics, step, shift)
+                digits, lambda shift: profile_classes(self.statistics, step, shift)
             )
-            classes = _profile_classes(self.statistics, step, offset)
+            classes = profile_classes(self.statistics, step, offset)
             side = self.side.with_offset(offset)
         scale_class = classes % ladder.CLASSES
         decay, errors = passes.fit_decay(scaled, digits, scale_class)
@@ -266,14 +248,6 @@ class _Prepared:
             SegmentBody(index, 0, SIDE, body, distortions[0]),
             *passes.write(index, digits, classes, distortions),
         ]
-
-
-def _profile_classes(statistics: GroupBasis | None, step: float, offset: int) -> NDArray[np.uint8]:
-    """Return family * 64 + class of every component, from its deviation in the profile."""
-    assert statistics is not None
-    base = ladder.class_of(statistics.deviation / np.float64(np.float32(step))).astype(np.int64)
-    shifted = np.clip(base + offset, 0, ladder.CLASSES - 1)
-    return (statistics.families * ladder.CLASSES + shifted).astype(np.uint8)
 
 
 def _flat(plane: Array) -> Array:
@@ -316,48 +290,6 @@ def _basis_of(header: Header, profile: Profile | None) -> ModelBasis:
                 raise CorruptError("group", got="layers with different tokens", expected="the same")
         return ModelBasis(header.groups, (None,) * len(header.groups))
     return load_basis(require_profile(profile, header.profile), header.geometry)
-
-
-def _write_group(
-    header: Header,
-    chunk: KVChunk,
-    group: Group,
-    statistics: GroupBasis | None,
-    side: GroupSide,
-    values: Floats,
-    value_weight: float,
-) -> None:
-    """Undo transform, mean, weight and RoPE, and store the planes of a group."""
-    if statistics is None:
-        values += side.mean
-    else:
-        values = values @ statistics.basis.T + statistics.mean
-    offset = 0
-    for layer, is_value in planes_of_group(group):
-        held = chunk.layers[layer]
-        plane = held.plane(is_value=is_value)
-        width = plane.shape[1] * plane.shape[2]
-        part = values[:, offset : offset + width].reshape(plane.shape)
-        if is_value:
-            part = part / np.float32(value_weight)
-        elif header.rope is not None:
-            position = header.first_position + held.begin
-            part = rotate(part, header.rope, layer, position, back=False)
-        with np.errstate(over="ignore"):
-            plane[:] = _clamped(part, plane.dtype)
-        plane[side.exempt_tokens] = side.exempt_rows[:, offset : offset + width].reshape(
-            -1, *plane.shape[1:]
-        )
-        offset += width
-
-
-def _clamped(values: Floats, dtype: np.dtype[Any]) -> Array:
-    """Round to the dtype; float16 to its finite range, for a value near the end may overshoot."""
-    if KVDtype.of(dtype) is KVDtype.FLOAT16:
-        limit = np.float32(np.finfo(np.float16).max)
-        values = np.clip(values, -limit, limit)
-    result: Array = values.astype(dtype)
-    return result
 
 
 def spread_of(header: Header) -> float:

@@ -1,5 +1,6 @@
 """The extension built from csrc/bindings.cpp. Only cachegen.native imports it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -41,6 +42,15 @@ def dequantize(
     levels: int,
     out: NDArray[Any],
     type: str,
+) -> None: ...
+def decode_groups(
+    type: str,
+    stored: str,
+    passes: int,
+    coarse: Tables,
+    refine: Tables,
+    ropes: list[tuple[NDArray[Any], float, bool]],
+    groups: Sequence[tuple[Any, ...]],
 ) -> None: ...
 def isa() -> str: ...
 def select_isa(isa: str) -> None: ...

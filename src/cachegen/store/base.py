@@ -19,7 +19,7 @@ up. A call that is late is never reported as a miss.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -34,6 +34,7 @@ __all__ = [
     "CreatingStore",
     "Entry",
     "ListingStore",
+    "PartsStore",
     "RangesStore",
     "Store",
     "StreamingStore",
@@ -43,6 +44,7 @@ __all__ = [
     "check_names",
     "check_quota",
     "check_range",
+    "check_stream",
     "deadline",
     "lacks",
     "remaining_s",
@@ -187,6 +189,19 @@ class RangesStore(Store, Protocol):
 
 
 @runtime_checkable
+class PartsStore(Store, Protocol):
+    """A store that takes a value in parts, while the rest is still being made."""
+
+    def put_stream(self, name: str, parts: Iterable[BytesLike]) -> int:
+        """Store the joined parts under name; readers see nothing of them before the last.
+
+        Returns: the bytes stored.
+        Raises: as put; what iterating over parts raises, and then the old value is there.
+        """
+        ...
+
+
+@runtime_checkable
 class CountingStore(Store, Protocol):
     """A store that counts what happened to it."""
 
@@ -230,6 +245,13 @@ def check_range(begin: int, end: int) -> None:
     """Check a half-open range. Raises: ConfigError unless 0 <= begin <= end."""
     if not 0 <= begin <= end:
         raise ConfigError("byte range", got=(begin, end), expected="0 <= begin <= end")
+
+
+def check_stream(slice_bytes: int, begin: int, end: int | None) -> None:
+    """Check the options of get_stream. Raises: ConfigError."""
+    if slice_bytes < 1:
+        raise ConfigError("slice size in bytes", got=slice_bytes, expected="1 or more")
+    check_range(begin, begin if end is None else end)
 
 
 def check_quota(quota_bytes: int | None) -> int | None:

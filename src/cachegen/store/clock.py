@@ -32,12 +32,23 @@ def deadline(timeout_s: float | None) -> Iterator[None]:
     """
     if timeout_s is not None and math.isnan(timeout_s):
         raise ConfigError("deadline in seconds", got=timeout_s, expected="a number or None")
-    at = math.inf if timeout_s is None else time.monotonic() + timeout_s
-    token = _EXPIRES_AT.set(min(at, _EXPIRES_AT.get()))
+    with deadline_at(math.inf if timeout_s is None else time.monotonic() + timeout_s):
+        yield
+
+
+@contextmanager
+def deadline_at(at_s: float) -> Iterator[None]:
+    """Bound all store calls of this block by an instant of ``time.monotonic``."""
+    token = _EXPIRES_AT.set(min(at_s, _EXPIRES_AT.get()))
     try:
         yield
     finally:
         _EXPIRES_AT.reset(token)
+
+
+def expires_at_s() -> float:
+    """Return the instant of ``time.monotonic`` at which the deadline ends, inf without one."""
+    return _EXPIRES_AT.get()
 
 
 def remaining_s() -> float | None:
@@ -63,13 +74,10 @@ def late(what: str) -> StoreTimeoutError:
 
 def carry_deadline(call: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
     """Wrap call so that it keeps the deadline of this thread when another thread runs it."""
-    at = _EXPIRES_AT.get()
+    at_s = _EXPIRES_AT.get()
 
     def carried(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
-        token = _EXPIRES_AT.set(min(at, _EXPIRES_AT.get()))
-        try:
+        with deadline_at(at_s):
             return call(*args, **kwargs)
-        finally:
-            _EXPIRES_AT.reset(token)
 
     return carried

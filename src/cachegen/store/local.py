@@ -26,7 +26,7 @@ import heapq
 import os
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from cachegen.errors import ConfigError, StoreFullError
@@ -100,6 +100,14 @@ class LocalStore:
                 view_bytes(data)
                 return False
         return self._put(name, data, replace=False)
+
+    def put_stream(self, name: str, parts: Iterable[BytesLike]) -> int:
+        """Store the joined parts under name, writing each as it comes.
+
+        Returns: the bytes stored. Raises: as put, and what parts raise.
+        """
+        check_name(name)
+        return self._put_parts(name, parts, replace=True)[0]
 
     def get(self, name: str) -> bytes | None:
         """Read a value whole; counts as a use.
@@ -225,33 +233,50 @@ class LocalStore:
     def _put(self, name: str, data: BytesLike, *, replace: bool) -> bool:
         check_name(name)
         view = view_bytes(data)
-        if self.quota_bytes is not None and view.nbytes > self.quota_bytes:
-            raise StoreFullError(
-                "size of an object in bytes",
-                got=view.nbytes,
-                expected=f"at most the quota of {self.quota_bytes}",
-                remedy="raise quota_bytes or store smaller chunks",
-            )
+        self._check_size(view.nbytes)
+        return self._put_parts(name, (view,), replace=replace)[1]
+
+    def _put_parts(
+        self, name: str, parts: Iterable[BytesLike], *, replace: bool
+    ) -> tuple[int, bool]:
+        size_bytes = 0
         with named_errors(self.path, "put"):
             partial, fd = self._create_partial()
-            try:
-                write(fd, view)
+        try:
+            for part in parts:
+                view = view_bytes(part)
+                size_bytes += view.nbytes
+                self._check_size(size_bytes)
+                with named_errors(self.path, "put"):
+                    write(fd, view)
+            with named_errors(self.path, "put"):
                 touch(fd)
                 os.fsync(fd)
                 file = self._file_of(name)
                 self._make_shard(os.path.dirname(file))
                 with self._locked() as ledger:
-                    created = self._commit(ledger, partial, file, view.nbytes, replace=replace)
-            except BaseException:
-                # The first error is the one to report; what stays behind is swept when opened.
-                with suppress(OSError):
-                    os.unlink(partial)
-                raise
-            finally:
+                    created = self._commit(ledger, partial, file, size_bytes, replace=replace)
+        except BaseException:
+            # The first error is the one to report; what stays behind is swept when opened.
+            with suppress(OSError):
+                os.unlink(partial)
+            raise
+        finally:
+            with named_errors(self.path, "put"):
                 os.close(fd)
-            if created:
+        if created:
+            with named_errors(self.path, "put"):
                 sync_folder(os.path.dirname(file))
-            return created
+        return size_bytes, created
+
+    def _check_size(self, size_bytes: int) -> None:
+        if self.quota_bytes is not None and size_bytes > self.quota_bytes:
+            raise StoreFullError(
+                "size of an object in bytes",
+                got=size_bytes,
+                expected=f"at most the quota of {self.quota_bytes}",
+                remedy="raise quota_bytes or store smaller chunks",
+            )
 
     def _create_partial(self) -> tuple[str, int]:
         partial = os.path.join(self._partial, f"{os.getpid()}-{os.urandom(8).hex()}.part")

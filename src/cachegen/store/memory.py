@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from cachegen.errors import StoreFullError
 from cachegen.store.base import (
@@ -41,6 +41,13 @@ class MemoryStore:
     def put_if_absent(self, name: str, data: BytesLike) -> bool:
         """Store data unless name is taken. Returns: True if it was not. Raises: as put."""
         return self._put(name, data, replace=False)
+
+    def put_stream(self, name: str, parts: Iterable[BytesLike]) -> int:
+        """Store the joined parts. Returns: the bytes stored. Raises: as put."""
+        check_name(name)
+        value = b"".join(view_bytes(part) for part in parts)
+        self.put(name, value)
+        return len(value)
 
     def get(self, name: str) -> bytes | None:
         """Read a value whole. Returns: None if there is no such name. Raises: ConfigError."""
