@@ -122,10 +122,13 @@ def test_a_faster_link_never_makes_it_worse(state: PlanState) -> None:
         assert fast.distortion <= slow.distortion + 1e-9
 
 
-def test_first_steps_come_first_and_from_the_back() -> None:
-    actions = started(DeadlinePolicy(), state_of(3, rate=1e6, latency_s=0.01, deadline_s=9.0))
+@pytest.mark.parametrize(("prefill_token_s", "order"), [(1.0, [2, 1, 0]), (None, [0, 1, 2])])
+def test_first_steps_come_first(prefill_token_s: float | None, order: list[int]) -> None:
+    """From the back, where recomputing may come from the front; else in order."""
+    state = state_of(3, rate=1e6, latency_s=0.01, deadline_s=9.0, prefill_token_s=prefill_token_s)
+    actions = started(DeadlinePolicy(), state)
     fetches = [action for action in actions if isinstance(action, Fetch)]
-    assert [(f.chunk, f.begin) for f in fetches[:3]] == [(2, 0), (1, 0), (0, 0)]
+    assert [(fetch.chunk, fetch.begin) for fetch in fetches[:3]] == [(i, 0) for i in order]
     # Then whatever removes most distortion per byte: the second step of any chunk, the last first.
     assert fetches[3] == Fetch(2, 1000, 2000)
 
@@ -138,6 +141,18 @@ def test_the_front_is_recomputed_and_not_loaded() -> None:
     recomputed = [action.chunk for _, action in actions if isinstance(action, Recompute)]
     assert loaded == {3} and recomputed == [0, 1, 2]
     assert outcome.distortion == pytest.approx(0.05 / 4)
+
+
+def test_separate_levels_are_chosen_by_risk() -> None:
+    state = state_of(4, separate=True)  # 10,000 bytes/s for 1 s
+    _, actions = play_out(DeadlinePolicy(), state)
+    # All four fit at the second level; what is left over then goes to the last ones.
+    assert [action.level for _, action in actions if isinstance(action, Fetch)][:2] == [1, 1]
+    unsure = replace(state, link=LinkEstimate(math.log(10_000), 0.5))
+    assert DeadlinePolicy().next(unsure) == Fetch(0, 0, 1000, level=0)
+    assert DeadlinePolicy(late_target=0.4).next(unsure) == Fetch(0, 0, 2000, level=1)
+    # Nothing is asked for twice: bytes of another level are lost.
+    assert len({action.chunk for _, action in actions}) == len(actions) == 4
 
 
 def test_recomputing_can_be_left_alone() -> None:
@@ -226,7 +241,7 @@ def test_hybrid_meets_in_the_middle() -> None:
 def test_a_plan_says_what_is_expected() -> None:
     state = replace(state_of(4), link=LinkEstimate(math.log(10_000), 0.5))
     outlook = plan(DeadlinePolicy(), state)
-    assert outlook.ready_s == pytest.approx(1.0) and outlook.actions[0].action == Fetch(3, 0, 1000)
+    assert outlook.ready_s == pytest.approx(1.0) and outlook.actions[0].action == Fetch(0, 0, 1000)
     assert outlook.distortion < outlook.distortion_bad_case
     # Four first steps are 4,000 bytes: late below 4,000 bytes/s, ln(0.4) = -1.83 deviations.
     assert outlook.probability_late == pytest.approx(0.033, abs=0.02)

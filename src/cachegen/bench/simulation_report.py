@@ -67,7 +67,7 @@ def write_report(result: dict[str, Any], path: Path) -> None:
 
 def _overview(result: dict[str, Any]) -> Any:
     pyplot = load_pyplot()
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13.5, 4.6))
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13.5, 4.3))
     _violation_bars(left, result["by_model"])
     _frontier(middle, result)
     _cumulative(right, result, "regret")
@@ -78,25 +78,8 @@ def _overview(result: dict[str, Any]) -> Any:
     right.axvline(1.0, color="#cccccc", linewidth=0.8)
     right.set_xlabel("regret per trace (0: best possible, 1: paper's rule)")
     right.set_title("distance from the best possible")
-    _legend(figure, left, middle)
+    figure.tight_layout()
     return figure
-
-
-def _legend(figure: Any, *axes: Any) -> None:
-    """Put one legend for all axes under a figure, and lay it out."""
-    shown: dict[str, Any] = {}
-    for part in axes:
-        for handle, label in zip(*part.get_legend_handles_labels(), strict=True):
-            shown.setdefault(label, handle)
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
-    figure.legend(
-        list(shown.values()),
-        list(shown),
-        loc="lower center",
-        ncols=len(shown),
-        fontsize=8.5,
-        frameon=False,
-    )
 
 
 def _violation_bars(axes: Any, entries: Sequence[dict[str, Any]]) -> None:
@@ -124,7 +107,7 @@ def _frontier(axes: Any, result: dict[str, Any]) -> None:
         ordered = sorted(points, key=lambda point: float(point["setting"]))
         rates = [100 * point["slo_violation_rate"] for point in ordered]
         errors = [point["distortion_mean"] for point in ordered]
-        axes.plot(rates, errors, "o-", color=_colour(policy), markersize=4, label=_label(policy))
+        axes.plot(rates, errors, "o", color=_colour(policy), markersize=4, label=_label(policy))
     for row in result["policies"]:
         if row["policy"] not in result["frontiers"]:
             point = 100 * row["slo_violation_rate"], row["distortion_mean"]
@@ -133,10 +116,11 @@ def _frontier(axes: Any, result: dict[str, Any]) -> None:
     point = 100 * best["slo_violation_rate"], best["distortion_mean"]
     axes.plot(*point, "*", color=_colour("best possible"), markersize=11, label="best possible")
     axes.set_xlim(0, None)
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 1.25 * max(row["distortion_mean"] for row in result["policies"]))
     axes.set_xlabel("SLO violations, %")
     axes.set_ylabel("mean relative distortion")
     axes.set_title("violations against distortion")
+    axes.legend(fontsize=8, loc="upper left")
 
 
 def _cumulative(axes: Any, result: dict[str, Any], quantity: str) -> None:
@@ -170,9 +154,10 @@ def _distributions(result: dict[str, Any]) -> Any:
 
 def _by_slo(result: dict[str, Any]) -> Any:
     pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(figsize=(9.5, 4))
+    figure, axes = pyplot.subplots(figsize=(10.5, 3.8))
     _violation_bars(axes, result["by_slo"])
-    _legend(figure, axes)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
     return figure
 
 
@@ -267,7 +252,8 @@ def _links_text(result: dict[str, Any]) -> str:
     lowest, *_, highest = result["trace_mean_mbit_per_s"]
     return (
         f"<p>{result['traces']} traces; their means range from {lowest:,.0f} to {highest:,.0f} "
-        "Mbit/s. Requests that load at the same time get equal shares.</p>"
+        "Mbit/s. Of requests that load at the same time the one with the earliest deadline gets "
+        "three quarters of the link, whatever the policy; the rest is shared equally.</p>"
     )
 
 

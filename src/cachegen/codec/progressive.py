@@ -18,6 +18,7 @@ from cachegen.chunk import KVChunk
 from cachegen.codec import ladder, passes
 from cachegen.codec.base import Codec
 from cachegen.codec.basis import (
+    MEASURED_WEIGHT,
     GroupBasis,
     ModelBasis,
     group_matrix,
@@ -39,11 +40,13 @@ from cachegen.types import Array, ChunkKey
 
 Floats = NDArray[np.float32]
 
-DEFAULT_PASSES = 4
 DEFAULT_SINK_TOKENS = 1
 MAX_SINK_TOKENS = 64
-DEFAULT_STEP = 0.3
-DEFAULT_PROFILE_STEP = 0.12
+# Number of passes and relative finest step: without a profile, with one, and with one that has
+# measured what errors cost.
+PLAIN_LADDER = (4, 0.3)
+PROFILE_LADDER = (4, 0.12)
+MEASURED_LADDER = (5, 0.22)
 MAX_PASSES = 6
 MAX_MAGNITUDE = 2.0**100
 _PARAMS = struct.Struct("<BBHffff")
@@ -53,9 +56,10 @@ _PARAMS = struct.Struct("<BBHffff")
 class ProgressiveCodec(Codec):
     """One object for every quality.
 
-    passes: 1 to 6; each later one makes the step three times finer.
-    step: the finest step, relative to the root mean square of the chunk's centred values; None
-        takes 0.3 without a profile and 0.12 with one, about 4 and 3 bits/value in full.
+    passes: 1 to 6; each later one makes the step three times finer. None takes 4, or 5 with a
+        profile that has measured what errors cost.
+    step: the finest step, relative to the root mean square of the chunk's centred values. None
+        takes one at which the whole object is as good as uncompressed.
     sink_tokens: so many first tokens of a context are stored exactly: attention sinks, whose errors
         reach every later token.
     profile: what ``cachegen calibrate`` made; chunks whose layers hold different tokens (sliding
@@ -64,13 +68,13 @@ class ProgressiveCodec(Codec):
 
     name: ClassVar[str] = "progressive"
     codec_id: ClassVar[int] = 3
-    passes: int = DEFAULT_PASSES
+    passes: int | None = None
     step: float | None = None
     sink_tokens: int = DEFAULT_SINK_TOKENS
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.passes <= MAX_PASSES:
+        if self.passes is not None and not 1 <= self.passes <= MAX_PASSES:
             raise ConfigError("passes", got=self.passes, expected=f"1 to {MAX_PASSES}")
         if not 0 <= self.sink_tokens <= MAX_SINK_TOKENS:
             raise ConfigError(
@@ -98,7 +102,7 @@ class ProgressiveCodec(Codec):
         if wanted is not None:
             require_profile(profile, wanted)
         return cls(
-            passes=config.get("passes", DEFAULT_PASSES),
+            passes=config.get("passes"),
             step=config.get("step"),
             sink_tokens=config.get("sink_tokens", DEFAULT_SINK_TOKENS),
             profile=profile,
@@ -117,9 +121,7 @@ class ProgressiveCodec(Codec):
                 )
         else:
             basis = plain_basis(chunk)
-        relative = self.step
-        if relative is None:
-            relative = DEFAULT_PROFILE_STEP if uses_profile else DEFAULT_STEP
+        count, relative = self._ladder(basis, uses_profile=uses_profile)
         sinks = np.arange(max(0, self.sink_tokens - chunk.first_position))
         groups = [_Prepared.of(chunk, *pair, basis, also=sinks) for pair in _pairs(basis)]
         values = sum(group.coefficients.size for group in groups)
@@ -127,21 +129,19 @@ class ProgressiveCodec(Codec):
         spread = float(np.sqrt(energy / max(values, 1)))
         step = float(np.float32(relative * spread)) if spread > 0 else 1.0
         segments: list[SegmentBody] = []
-        reach = ladder.reach(self.passes) * step
-        for index, (group, pair) in enumerate(zip(groups, _pairs(basis), strict=True)):
+        reach = ladder.reach(count) * step
+        for index, (prepared, pair) in enumerate(zip(groups, _pairs(basis), strict=True)):
+            group = prepared
             beyond = np.flatnonzero((np.abs(group.coefficients) > reach).any(axis=1))
             beyond += chunk.layers[pair[0].layer].begin
             if len(beyond):
                 also = np.union1d(sinks, beyond)
-                segments += _Prepared.of(chunk, *pair, basis, also=also).encode(
-                    index, step, self.passes
-                )
-            else:
-                segments += group.encode(index, step, self.passes)
+                group = _Prepared.of(chunk, *pair, basis, also=also)
+            segments += group.encode(index, step, count)
         return write_object(
             chunk,
             codec_id=self.codec_id,
-            passes=self.passes,
+            passes=count,
             params=_PARAMS.pack(0, 0, 0, step, basis.value_weight, spread, 0.0),
             segments=passes.order(segments),
             groups=None if basis.groups == plane_groups(chunk.geometry.layers) else basis.groups,
@@ -149,6 +149,14 @@ class ProgressiveCodec(Codec):
             profile=self.profile.digest if uses_profile and self.profile else None,
             key=key,
         )
+
+    def _ladder(self, basis: ModelBasis, *, uses_profile: bool) -> tuple[int, float]:
+        """Return the number of passes and the relative finest step."""
+        passes_, step = PLAIN_LADDER
+        if uses_profile:
+            measured = basis.value_weight == MEASURED_WEIGHT
+            passes_, step = MEASURED_LADDER if measured else PROFILE_LADDER
+        return self.passes or passes_, step if self.step is None else self.step
 
     @classmethod
     def decode_into(cls, reader: ObjectReader, target: Target, *, profile: Profile | None) -> None:

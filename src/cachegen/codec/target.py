@@ -78,16 +78,11 @@ class Target:
         if key not in self._offsets:
             slots = None if self._slots is None else self._slots[begin:end]
             self._offsets[key] = token_offsets(end - begin, array, slots)
+        heads, dim = array.shape[-2:]
+        address = array.__array_interface__["data"][0]
+        offsets = self._offsets[key]
         return PlaneTarget(
-            array,
-            array.ctypes.data,
-            self._offsets[key],
-            array.strides[-2],
-            array.shape[-2],
-            array.shape[-1],
-            is_value,
-            rope,
-            first_position,
+            address, offsets, array.strides[-2], heads, dim, rope, first_position, is_value
         )
 
     @contextmanager

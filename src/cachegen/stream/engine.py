@@ -1,8 +1,10 @@
 """A virtual clock for planners: one link, several requests, each with a machine of its own.
 
-Requests that load at the same time get equal shares of the link. Fetches of one request arrive in
-the order they were asked for, each after the latency of its first byte; arrived bytes are decoded
-one after the other. Policies see only what a fetcher sees: estimates, never the trace.
+Of requests that load at the same time the one with the earliest deadline gets three quarters of the
+link, as the fetcher gives it three slices of four; the rest is shared equally. Fetches of one
+request arrive in the order they were asked for, each after the latency of its first byte; arrived
+bytes are decoded one after the other. Policies see only what a fetcher sees: estimates, never the
+trace.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from cachegen.stream.traces import Trace, constant_trace
 
 # A request that is not over by then counts as it stands: the link is too slow to ever end it.
 GIVE_UP_S = 60.0
+# Of the link, for the request with the earliest deadline, before the rest is shared equally.
+FIRST_SHARE = 0.75
 _EPSILON_S = 1e-9
 _EPSILON_BYTES = 1e-3
 
@@ -233,16 +237,31 @@ class _Clock:
         assert all(outcome is not None for outcome in outcomes)
         return [outcome for outcome in outcomes if outcome is not None]
 
-    def _flowing(self) -> list[_Transfer]:
-        """Return the transfers that get bytes now: the oldest of every request, once it flows."""
-        heads = [run.transfers[0] for run in self._active if run.transfers]
-        flowing = [head for head in heads if head.flows_s <= self._now + _EPSILON_S]
-        for head in flowing:
+    def _flowing(self) -> list[tuple[_Transfer, float]]:
+        """Return the transfers that get bytes now: the oldest of every request, once it flows.
+
+        With each the share of the link that it gets.
+        """
+        heads = [
+            (run.job.deadline_s, run.transfers[0])
+            for run in self._active
+            if run.transfers and run.transfers[0].flows_s <= self._now + _EPSILON_S
+        ]
+        for _, head in heads:
             if head.began_s is None:
                 head.began_s = self._now
-        return flowing
+        # A deadline that is past gives no right of way: it cannot be met any more.
+        ahead = [deadline_s for deadline_s, _ in heads if deadline_s > self._now]
+        if not ahead:
+            return [(head, 1.0 / len(heads)) for _, head in heads]
+        first = min(ahead)
+        equal = (1.0 - FIRST_SHARE) / len(heads)
+        extra = FIRST_SHARE / ahead.count(first)
+        return [
+            (head, equal + extra if deadline_s == first else equal) for deadline_s, head in heads
+        ]
 
-    def _next_event(self, flowing: Sequence[_Transfer]) -> float:
+    def _next_event(self, flowing: Sequence[tuple[_Transfer, float]]) -> float:
         times = [self._waiting[0].job.arrival_s] if self._waiting else []
         for run in self._active:
             times.append(run.job.arrival_s + GIVE_UP_S)
@@ -258,16 +277,16 @@ class _Clock:
             rate, until_s = self._trace.rate_at(self._now)
             times.append(until_s)
             if rate > 0:
-                least = min(transfer.left for transfer in flowing)
-                times.append(self._now + least * len(flowing) / rate)
+                least_s = min(transfer.left / share for transfer, share in flowing) / rate
+                times.append(self._now + least_s)
         return max(min(times), self._now)
 
-    def _carry(self, flowing: Sequence[_Transfer], next_s: float) -> None:
+    def _carry(self, flowing: Sequence[tuple[_Transfer, float]], next_s: float) -> None:
         if not flowing or next_s <= self._now:
             return
-        share = self._trace.rate_at(self._now)[0] * (next_s - self._now) / len(flowing)
-        for transfer in flowing:
-            transfer.left -= share
+        carried = self._trace.rate_at(self._now)[0] * (next_s - self._now)
+        for transfer, share in flowing:
+            transfer.left -= carried * share
 
     def _settle(self) -> None:
         """Take in everything that has happened by now, and ask whoever it happened to."""

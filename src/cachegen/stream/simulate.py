@@ -16,9 +16,10 @@ from cachegen.errors import ConfigError
 from cachegen.stream.engine import Job, Knowledge, Outcome, run_jobs
 from cachegen.stream.oracle import BestCase, Demand, best_cases
 from cachegen.stream.plan import Policy
-from cachegen.stream.policies import POLICIES, FixedPolicy, get_policy
+from cachegen.stream.policies import FixedPolicy, get_policy
 from cachegen.stream.rules import CachegenPolicy
 from cachegen.stream.scenario import (
+    CHUNK_TOKENS,
     WORST_DISTORTION,
     ModelClass,
     Request,
@@ -36,7 +37,7 @@ PAPER_RULE = "cachegen"
 # CacheGen's rule over our own codec's steps, each stored as an object of its own: what is left of
 # the difference once the codec is the same.
 SAME_CODEC = "cachegen-rule"
-DEFAULT_POLICIES = (*POLICIES, SAME_CODEC)
+DEFAULT_POLICIES = (PAPER_RULE, SAME_CODEC, "fixed", "hybrid", "deadline")
 DEFAULT_TABLE = "progressive"
 # Below this difference between the paper's rule and the best case, a trace says nothing.
 LEAST_ROOM = 1e-4
@@ -231,7 +232,7 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
         "distortion_mean_in_time": statistics.fmean(in_time) if in_time else None,
         "fetched_mean_bytes": statistics.fmean(s.outcome.fetched_bytes for s in samples),
         "recomputed_share": sum(sample.outcome.recomputed_tokens for sample in samples)
-        / sum(sample.request.chunks * 1024 for sample in samples),
+        / sum(CHUNK_TOKENS * sample.request.chunks for sample in samples),
     }
 
 
