@@ -286,8 +286,9 @@ def _assumptions(result: dict[str, Any]) -> str:
     )
     lines = [f"{model['name']}: {model['text']}." for model in result["models"]]
     lines += [
-        f"{share_text}, and requests do not wait for each other there; the link is shared. Prefill times scatter by 5 % around the formula, and the "
-        "planner starts with a guess that is off by about 15 %.",
+        f"{share_text}, and requests do not wait for each other there; the link is shared. "
+        "Prefill times scatter by 5 % around the formula, and the planner starts with a guess that "
+        "is off by about 15 %.",
         f"{work['requests']} requests on each trace, Poisson arrivals every {work['gap_s']:g} s on "
         f"average, SLO {slo_text}. Contexts are such that prefilling them takes {low:g} to "
         f"{high:g} times the SLO, in chunks of {result['chunk_tokens']} tokens.",
