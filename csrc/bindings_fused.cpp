@@ -24,7 +24,7 @@ KVType type_of(const std::string& name) {
 // Tuples as native/fused.py makes them; the arrays stay alive as long as this does.
 class GroupReader {
 public:
-    FusedGroup read(const nb::tuple& fields, KVType type) {
+    FusedGroup read(const nb::tuple& fields, KVType stored) {
         FusedGroup group{};
         group.tokens = nb::cast<uint64_t>(fields[0]);
         group.channels = nb::cast<uint64_t>(fields[1]);
@@ -34,22 +34,18 @@ public:
             require(kind <= static_cast<unsigned>(PassKind::Packed), "kind of a pass");
             group.passes.push_back({static_cast<PassKind>(kind), view<uint8_t>(pass[1])});
         }
-        group.classes = view<uint8_t>(fields[3]);
-        const auto scaling = view<float>(fields[4]);
+        group.side = parse_side(view<uint8_t>(fields[3]), group.tokens, group.channels, stored,
+                                /* plain = */ true);
+        const auto constants = nb::cast<nb::tuple>(fields[4]);
+        const auto scaling = view<float>(constants[1]);
         require(scaling.size() == 5, "scaling");
-        const auto late_below = nb::cast<int>(fields[5]);
+        const auto late_below = nb::cast<int>(constants[0]);
         group.key_scaling = {late_below, scaling[0], scaling[1]};
         group.value_scaling = {late_below, scaling[2], scaling[3]};
         group.value_factor = scaling[4];
-        group.early_offset = view<float>(fields[6]);
-        group.late_offset = view<float>(fields[7]);
-        group.mean = view<float>(fields[8]);
-        group.exempt_tokens = view<uint32_t>(fields[9]);
-        const auto rows = view<uint8_t>(fields[10]);
-        const size_t width = type == KVType::Float32 ? 4 : 2;
-        require(rows.size() == group.exempt_tokens.size() * group.channels * width, "exempt rows");
-        group.exempt_rows = reinterpret_cast<const std::byte*>(rows.data());
-        for (const nb::handle entry : nb::cast<nb::sequence>(fields[11])) {
+        group.early_offset = view<float>(constants[2]);
+        group.late_offset = view<float>(constants[3]);
+        for (const nb::handle entry : nb::cast<nb::sequence>(fields[5])) {
             const auto plane = nb::cast<nb::tuple>(entry);
             const auto offsets = view<int64_t>(plane[1]);
             require(offsets.size() == group.tokens, "offsets");
@@ -73,9 +69,9 @@ private:
     std::vector<nb::object> kept_;
 };
 
-void decode(const std::string& type, unsigned passes, const Tables& coarse, const Tables& refine,
+void decode(const std::string& type, const std::string& stored, unsigned passes, const Tables& coarse, const Tables& refine,
             const nb::sequence& ropes, const nb::sequence& groups) {
-    FusedDecode work{type_of(type), passes, coarse, refine, {}, {}};
+    FusedDecode work{type_of(type), type_of(stored), passes, coarse, refine, {}, {}};
     for (const nb::handle entry : ropes) {
         const auto fields = nb::cast<nb::tuple>(entry);
         const auto frequencies = nb::cast<Vector<const float>>(fields[0], false);
@@ -84,7 +80,7 @@ void decode(const std::string& type, unsigned passes, const Tables& coarse, cons
     }
     GroupReader reader;
     for (const nb::handle entry : groups)
-        work.groups.push_back(reader.read(nb::cast<nb::tuple>(entry), work.type));
+        work.groups.push_back(reader.read(nb::cast<nb::tuple>(entry), work.stored));
     nb::gil_scoped_release release;
     decode_groups(work);
 }
@@ -92,7 +88,7 @@ void decode(const std::string& type, unsigned passes, const Tables& coarse, cons
 }  // namespace
 
 void bind_fused(nb::module_& m) {
-    m.def("decode_groups", decode, "type"_a, "passes"_a, "coarse"_a, "refine"_a, "ropes"_a,
+    m.def("decode_groups", decode, "type"_a, "stored"_a, "passes"_a, "coarse"_a, "refine"_a, "ropes"_a,
           "groups"_a);
 }
 

@@ -238,7 +238,7 @@ def test_settings() -> None:
 
 def test_groups_join_layers_as_far_as_they_fit() -> None:
     narrow = Geometry(6, 2, 64, 64, KVDtype.BFLOAT16)
-    assert choose_groups(narrow) == [Group(0, 6, 3)]
+    assert choose_groups(narrow) == [Group(0, 2, 3), Group(2, 2, 3), Group(4, 2, 3)]
     assert choose_groups(narrow, 600) == [Group(0, 2, 3), Group(2, 2, 3), Group(4, 2, 3)]
     wide = Geometry(2, 32, 128, 128, KVDtype.BFLOAT16)
     assert len(choose_groups(wide)) == 4

@@ -24,10 +24,10 @@ from cachegen.hf.capture import capture, chunk_of
 from cachegen.hf.fingerprint import weights_fingerprint
 from cachegen.hf.inject import inject
 from cachegen.hf.rope import rope_spec
-from cachegen.profile import Profile
+from cachegen.profile import Profile, require_profile
 from cachegen.store.base import Store
 from cachegen.store.keys import chain_digests, chunk_keys, namespace_digest
-from cachegen.stream.fetch import fetch_chunks
+from cachegen.stream.fetch import Fetcher
 from cachegen.types import ChunkKey, KVDtype, RopeSpec
 
 RECOMPUTE = "recompute"
@@ -83,6 +83,7 @@ class HfEngine:
         self.rope: RopeSpec | None = rope_spec(self.model)
         self._namespace = self._digest_namespace()
         self._stored: dict[str, set[str]] = {name: set() for name in self.modes}
+        self._fetcher = Fetcher(self.store, find_profile=self._find_profile)
 
     def serve(self, mode: str, token_ids: Sequence[int], *, output_tokens: int) -> Served:
         """Load the longest stored prefix, prefill the rest, generate greedily, save."""
@@ -94,11 +95,11 @@ class HfEngine:
             keys = self.keys(setting.codec, token_ids, leave=1)
             found = self.store.exists([key.name for key in keys])
             hits = found.index(False) if False in found else len(found)
-            for item in self._fetch(setting, keys[:hits]):
+            for item in self._fetcher.request(keys[:hits], quality=setting.quality):
                 if item.chunk is None:
                     break
                 chunks.append(item.chunk)
-                read_bytes += item.size_bytes
+                read_bytes += item.read_bytes
                 network_s += item.network_s
                 decode_s += item.decode_s
         cache = inject(self.model, chunks) if chunks else None
@@ -110,6 +111,10 @@ class HfEngine:
         return Served(
             len(token_ids), hit_tokens, read_bytes, network_s, decode_s, ttft_s, e2e_s, tuple(ids)
         )
+
+    def close(self) -> None:
+        """End the threads that fetch."""
+        self._fetcher.close()
 
     def forget(self, mode: str) -> None:
         """Delete what this run has stored in the mode."""
@@ -157,14 +162,12 @@ class HfEngine:
         )
         return chunk_keys(self._namespace, chains, codec.config())
 
-    def _fetch(self, setting: Mode, keys: Sequence[ChunkKey]) -> Any:
-        partial = setting.quality is not None
-        profile = getattr(setting.codec, "profile", None)
-
-        def load(data: bytes, key: ChunkKey) -> KVChunk:
-            return decode(data, key=key, allow_partial=partial, profile=profile)
-
-        return fetch_chunks(self.store, keys, load, quality=setting.quality)
+    def _find_profile(self, digest: bytes) -> Profile:
+        for setting in self.modes.values():
+            profile = getattr(setting.codec, "profile", None)
+            if profile is not None and profile.digest == digest:
+                return require_profile(profile, digest)
+        return require_profile(None, digest)
 
     @torch.no_grad()
     def _generate(

@@ -101,6 +101,7 @@ def run_bench(settings: Settings, *, progress: Progress = lambda text: None) -> 
         finally:
             for name in settings.modes:
                 engine.forget(name)
+            engine.close()
     link = settings.bandwidth or (None if settings.store else DEFAULT_BANDWIDTH)
     return {
         "engine": settings.engine,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cachegen.chunk import KVChunk
 from cachegen.codec.header import Group, plane_groups
 from cachegen.codec.ladder import FAMILIES
-from cachegen.codec.metric import VALUE_WEIGHT, Metric, weigh
+from cachegen.codec.metric import Metric, weigh
 from cachegen.codec.rotary import rotate
 from cachegen.errors import ProfileError
 from cachegen.profile import Profile
@@ -28,6 +28,10 @@ from cachegen.types import Geometry
 Floats = NDArray[np.float32]
 
 KIND = "progressive-2"
+# A step of V is finer than one of K by this factor where nothing is known of the model.
+VALUE_WEIGHT = 1.5
+# Weight of V in objects whose profile has measured what every error costs.
+MEASURED_WEIGHT = 1.0
 MIN_SEGMENT_CHANNELS = 1024
 # Tokens beyond this many median norms are stored exactly: attention sinks, mostly.
 OUTLIER_NORM = 3.0
@@ -108,7 +112,11 @@ class GroupBasis:
 
 @dataclass(frozen=True)
 class ModelBasis:
-    """Groups of a model and, with a profile, their bases."""
+    """Groups of a model and, with a profile, their bases.
+
+    value_weight: what V is multiplied by before means and bases apply, and divided by in the end:
+    1.5, or 1 where a profile has measured weights of its own.
+    """
 
     groups: tuple[Group, ...]
     bases: tuple[GroupBasis | None, ...]
@@ -165,15 +173,15 @@ def _read_basis(profile: Profile, geometry: Geometry) -> ModelBasis:
         )
     groups = _read_groups(meta.get("groups"), geometry)
     if meta.get("metric") == "plain":
-        metric = Metric.plain(geometry)
+        metric, value_weight = Metric.plain(geometry), VALUE_WEIGHT
     else:
         keys, values = (profile.arrays.get(f"metric.{name}") for name in ("keys", "values"))
-        metric = Metric.from_arrays(keys, values, geometry)
+        metric, value_weight = Metric.from_arrays(keys, values, geometry), MEASURED_WEIGHT
     bases = tuple(
         _read_group(profile, index, metric.blocks(planes_of_group(group)))
         for index, group in enumerate(groups)
     )
-    return ModelBasis(groups, bases, 1.0)
+    return ModelBasis(groups, bases, value_weight)
 
 
 def _read_groups(entries: object, geometry: Geometry) -> tuple[Group, ...]:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from cachegen.chunk import KVChunk
 from cachegen.codec.basis import (
     KIND,
+    MEASURED_WEIGHT,
+    VALUE_WEIGHT,
     GroupBasis,
     group_matrix,
     make_group_basis,
@@ -25,19 +27,42 @@ from cachegen.types import Array, Geometry
 Floats = NDArray[np.float32]
 
 MAX_GROUP_CHANNELS = 2048
+GROUP_LAYERS = (1, 2, 4, 8)
 BASIS_LEVELS = 127
 
 
-def choose_groups(geometry: Geometry, max_channels: int = MAX_GROUP_CHANNELS) -> list[Group]:
-    """Join K and V of as many layers (1, 2, 4, 8) as stay within max_channels, else nothing."""
-    per_layer = geometry.kv_heads * (geometry.key_dim + geometry.value_dim)
-    fitting = [count for count in (1, 2, 4, 8) if count * per_layer <= max_channels]
-    if not fitting:
-        return list(plane_groups(geometry.layers))
-    span = fitting[-1]
+def choose_groups(
+    geometry: Geometry,
+    max_channels: int = MAX_GROUP_CHANNELS,
+    *,
+    layers: int | None = None,
+    joint: bool = True,
+) -> list[Group]:
+    """Choose which planes one transform joins.
+
+    max_channels: of a group; decoding costs as many multiplications for each value.
+    layers: how many to join; None takes as many of 1, 2, 4 and 8 as fit and leave two groups, for
+        an object is cut between groups; single planes where not even a layer fits.
+    joint: K and V together, else apart.
+    Raises: ConfigError for other numbers of layers.
+    """
+    if layers is not None and layers not in GROUP_LAYERS:
+        raise ConfigError("layers of a group", got=layers, expected="1, 2, 4 or 8")
+    dims = geometry.key_dim + geometry.value_dim
+    width = geometry.kv_heads * (dims if joint else max(geometry.key_dim, geometry.value_dim))
+    if layers is None:
+        fitting = [
+            count
+            for count in GROUP_LAYERS
+            if count * width <= max_channels and 2 * count <= max(geometry.layers, 2)
+        ]
+        if not fitting:
+            return list(plane_groups(geometry.layers))
+        layers = fitting[-1]
     return [
-        Group(layer, min(span, geometry.layers - layer), 3)
-        for layer in range(0, geometry.layers, span)
+        Group(layer, min(layers, geometry.layers - layer), planes)
+        for layer in range(0, geometry.layers, layers)
+        for planes in ((3,) if joint else (1, 2))
     ]
 
 
@@ -99,7 +124,7 @@ class BasisFit:
     ) -> Profile:
         """Return the profile of all chunks so far.
 
-        metric: what errors cost; None weighs K by 1 and V by 1.5. components: share of each group's
+        metric: what errors cost; None weighs V by 1.5 and K by 1. components: share of each group's
         components to keep. Raises: GeometryError if there are no chunks; ConfigError.
         """
         if not self.tokens:
@@ -112,11 +137,12 @@ class BasisFit:
             halves = (metric.keys.astype(np.float16), metric.values.astype(np.float16))
             arrays |= dict(zip(("metric.keys", "metric.values"), halves, strict=True))
             weights = Metric.from_arrays(*halves, self.geometry)
+            value_weight = MEASURED_WEIGHT
         else:
-            weights = Metric.plain(self.geometry)
+            weights, value_weight = Metric.plain(self.geometry), VALUE_WEIGHT
         for index, group in enumerate(self.groups):
             blocks = weights.blocks(planes_of_group(group))
-            for name, array in self._fit_group(index, blocks, components).items():
+            for name, array in self._fit_group(index, blocks, value_weight, components).items():
                 arrays[f"group{index}.{name}"] = array
         meta = {
             "kind": KIND,
@@ -129,12 +155,20 @@ class BasisFit:
         return Profile(model_name, arrays, meta)
 
     def _fit_group(
-        self, index: int, blocks: Sequence[Floats], components: float
+        self, index: int, blocks: Sequence[Floats], value_weight: float, components: float
     ) -> dict[str, Array]:
+        group = self.groups[index]
+        scales = np.concatenate(
+            [
+                np.full(block.shape[0] * block.shape[1], value_weight if is_value else 1.0)
+                for (_, is_value), block in zip(planes_of_group(group), blocks, strict=True)
+            ]
+        )
         count = max(self._counts[index], 1)
         mean = self._sums[index] / count
         covariance = self._products[index].astype(np.float64) / count
-        covariance -= np.outer(mean, mean)
+        covariance = (covariance - np.outer(mean, mean)) * np.outer(scales, scales)
+        mean = mean * scales
         # Blocks are symmetric: weighing rows, then columns, is B C B.
         weighted = weigh(weigh(covariance, blocks).T, blocks)
         _, vectors = np.linalg.eigh((weighted + weighted.T) / 2)
@@ -147,8 +181,7 @@ class BasisFit:
             np.zeros(len(mean), np.uint8),
             blocks,
         )
-        group = self.groups[index]
-        rows = [_ordinary(group_matrix(chunk, group, 1.0)) for chunk in self._sample]
+        rows = [_ordinary(group_matrix(chunk, group, value_weight)) for chunk in self._sample]
         sample = basis.analyse(np.concatenate(rows))
         return {
             "mean": basis.mean,

@@ -20,8 +20,6 @@ from cachegen.types import Array, Geometry
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
-# A step of V is finer than one of K by this factor where nothing is known of the model.
-VALUE_WEIGHT = 1.5
 # Gradients are clipped at this percentile of their norms: a few tokens have most of the energy.
 CLIP_PERCENTILE = 97.0
 # Added to each matrix, relative to its mean eigenvalue: directions that the calibration text did
@@ -43,11 +41,11 @@ class Metric:
     values: Floats
 
     @classmethod
-    def plain(cls, geometry: Geometry, value_weight: float = VALUE_WEIGHT) -> Metric:
-        """Weigh every channel of K by 1 and of V by value_weight."""
+    def plain(cls, geometry: Geometry) -> Metric:
+        """Weigh every channel by 1, after V has been multiplied by its own weight."""
         planes = []
-        for dim, weight in ((geometry.key_dim, 1.0), (geometry.value_dim, value_weight)):
-            eye = (weight * np.eye(dim)).astype(np.float32)
+        for dim in (geometry.key_dim, geometry.value_dim):
+            eye = np.eye(dim, dtype=np.float32)
             shape = (geometry.layers, geometry.kv_heads, dim, dim)
             planes.append(np.broadcast_to(eye, shape))
         return cls(*planes)

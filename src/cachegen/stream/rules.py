@@ -33,7 +33,7 @@ class FixedPolicy:
 
     def next(self, state: PlanState) -> Action:
         """Return the next chunk in order."""
-        if state.is_ready and not state.fetches:
+        if state.is_ready and not state.is_arriving:
             return HandOver()
         for index, chunk in enumerate(state.chunks):
             if not chunk.curve.steps:
@@ -69,7 +69,7 @@ class CachegenPolicy:
 
     def next(self, state: PlanState) -> Action:
         """Return the next chunk as level or as text."""
-        if state.is_ready and not state.fetches:
+        if state.is_ready and not state.is_arriving:
             return HandOver()
         index = self._undecided(state)
         if index is None or state.recomputing is not None:
@@ -100,14 +100,13 @@ class CachegenPolicy:
         rate = state.link.last_rate_bytes_per_s
         if rate is None:
             return len(steps) // 2
-        delays = []
-        for level in range(len(steps)):
-            size = state.bytes_under_way + sum(
-                state.chunks[chunk].curve.steps[_clamped(level, state.chunks[chunk])].end_bytes
-                for chunk in rest
-                if state.chunks[chunk].curve.steps
-            )
-            delays.append(size / rate)
+        # All that is left at each level; a chunk with fewer levels stays at its finest one.
+        sizes = [state.bytes_under_way] * len(steps)
+        for chunk in state.chunks[index:]:
+            ends = [step.end_bytes for step in chunk.curve.steps]
+            for level in range(len(steps) if ends else 0):
+                sizes[level] += ends[min(level, len(ends) - 1)]
+        delays = [size / rate for size in sizes]
         fitting = [level for level, delay in enumerate(delays) if delay <= left_s]
         if fitting:
             return fitting[-1]
