@@ -9,7 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from cachegen.cli import bench, demo, evaluate, profiles, simulate, store
+from cachegen.cli import (
+    bench,
+    config,
+    demo,
+    doctor,
+    evaluate,
+    explain,
+    profiles,
+    simulate,
+    store,
+)
 from cachegen.cli.common import JsonOption, ModelArgument, OutOption, console, errors, model_folder
 from cachegen.errors import CacheGenError, InputError
 
@@ -93,7 +103,9 @@ def capture(
 def encode(
     kv_file: Annotated[Path, typer.Argument(help="What `cachegen capture` wrote.")],
     output: OutOption,
-    codec: Annotated[str, typer.Option(help="raw, int8, cachegen or progressive.")] = "cachegen",
+    codec: Annotated[
+        str, typer.Option(help="raw, lossless, int8, cachegen or progressive.")
+    ] = "cachegen",
     level: Annotated[int | None, typer.Option(help="cachegen: 1 (smallest) to 3.")] = None,
     delta: Annotated[str | None, typer.Option(help="cachegen: none or anchor.")] = None,
     tables: Annotated[
@@ -211,6 +223,9 @@ def version() -> None:
 demo.register(cli)
 profiles.register(cli)
 store.register(cli)
+config.register(cli)
+doctor.register(cli)
+explain.register(cli)
 evaluate.register(cli)
 simulate.register(cli)
 bench.register(cli)
