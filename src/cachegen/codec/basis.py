@@ -223,13 +223,14 @@ def _read_group(profile: Profile, index: int, blocks: Sequence[Floats]) -> Group
     channels = sum(block.shape[0] * block.shape[1] for block in blocks)
     arrays = {
         name: profile.arrays.get(f"group{index}.{name}")
-        for name in ("mean", "basis", "scale", "deviation", "families")
+        for name in ("basis", "mean", "scale", "deviation", "families")
     }
     basis = arrays["basis"]
     kept = basis.shape[1] if basis is not None and basis.ndim == 2 else 0
+    kept = kept if 1 <= kept <= channels else channels
     shapes = dict.fromkeys(arrays, (channels,)) | {"basis": (channels, kept), "scale": (kept,)}
     for name, array in arrays.items():
-        if array is None or array.shape != shapes[name] or not 1 <= kept <= channels:
+        if array is None or array.shape != shapes[name]:
             raise ProfileError(
                 f"{name} of group {index}",
                 got=None if array is None else array.shape,
