@@ -295,3 +295,8 @@ def _basis_of(header: Header, profile: Profile | None) -> ModelBasis:
 def spread_of(header: Header) -> float:
     """Return the root mean square of the centred values that an object's steps are relative to."""
     return float(_PARAMS.unpack(header.params)[5])
+
+
+def weight_of(header: Header) -> float:
+    """Return the weight of V in an object; 1 says that its profile has measured all weights."""
+    return float(_PARAMS.unpack(header.params)[4])
