@@ -29,9 +29,10 @@ from cachegen.codec.basis import (
 )
 from cachegen.codec.container import SIDE, write_object
 from cachegen.codec.fused import channels_of, decode_plain
+from cachegen.codec.fused_profile import decode_with_profile
 from cachegen.codec.header import Group, Header, SegmentBody, plane_groups
 from cachegen.codec.reader import ObjectReader
-from cachegen.codec.reference import decode_group, profile_classes
+from cachegen.codec.reference import profile_classes
 from cachegen.codec.side import GroupSide
 from cachegen.codec.target import Target
 from cachegen.errors import ConfigError, CorruptError, NonFiniteError, ProfileError
@@ -169,8 +170,7 @@ class ProgressiveCodec(Codec):
         if header.profile is None:
             decode_plain(reader, target, step=step, value_weight=value_weight)
             return
-        for index, pair in enumerate(_pairs(basis)):
-            decode_group(reader, target, index, *pair, step=step, value_weight=value_weight)
+        decode_with_profile(reader, target, basis, step=step)
 
     @classmethod
     def coded_shape(cls, header: Header, group: int, pass_index: int) -> tuple[int, int, int]:
