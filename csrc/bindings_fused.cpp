@@ -86,8 +86,9 @@ private:
 };
 
 void decode(const std::string& type, const std::string& stored, unsigned passes, const Tables& coarse, const Tables& refine,
-            const nb::sequence& ropes, const nb::sequence& groups) {
-    FusedDecode work{type_of(type), type_of(stored), passes, coarse, refine, {}, {}};
+            const nb::sequence& ropes, const nb::sequence& groups, size_t threads) {
+    require(threads >= 1, "threads");
+    FusedDecode work{type_of(type), type_of(stored), passes, coarse, refine, threads, {}, {}};
     for (const nb::handle entry : ropes) {
         const auto fields = nb::cast<nb::tuple>(entry);
         const auto frequencies = nb::cast<Vector<const float>>(fields[0], false);
@@ -135,7 +136,7 @@ void finish(const std::string& type, const nb::tuple& target, const Matrix<const
 
 void bind_fused(nb::module_& m) {
     m.def("decode_groups", decode, "type"_a, "stored"_a, "passes"_a, "coarse"_a, "refine"_a, "ropes"_a,
-          "groups"_a);
+          "groups"_a, "threads"_a);
     m.def("finish_plane", finish, "type"_a, "target"_a, "values"_a.noconvert(),
           "mean"_a.noconvert(), "factor"_a, "angles"_a.none(), "interleaved"_a,
           "exempt"_a.noconvert());

@@ -25,6 +25,7 @@ from cachegen.native.fused import (
     decode_groups,
     finish_plane,
 )
+from cachegen.native.threads import threads
 
 _BITS = {2: np.uint16, 4: np.uint32}
 
@@ -176,4 +177,5 @@ __all__ = [
     "segment_layout",
     "select_isa",
     "stream_count",
+    "threads",
 ]

@@ -51,6 +51,7 @@ def decode_groups(
     refine: Tables,
     ropes: list[tuple[NDArray[Any], float, bool]],
     groups: Sequence[tuple[Any, ...]],
+    threads: int,
 ) -> None: ...
 def finish_plane(
     type: str,
