@@ -56,7 +56,7 @@ struct LadderEncodeRows {
                    const uint8_t* const* digits, size_t refinements, const float* early,
                    const float* late, double* errors);
     void (*order_statistics)(const float* values, size_t rows, size_t columns, size_t rank,
-                             float* out);
+                             float* out, float* following);
 };
 
 struct Kernels {

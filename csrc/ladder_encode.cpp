@@ -72,13 +72,12 @@ void ladder_errors(const LadderMatrix& matrix, const uint8_t* classes, const flo
 }
 
 void column_medians(const float* values, size_t rows, size_t columns, float* medians) {
-    const auto find = kernels().encode_rows.order_statistics;
     if (rows == 0) return;
-    find(values, rows, columns, rows / 2, medians);
+    std::vector<float> following(columns);
+    const auto find = kernels().encode_rows.order_statistics;
+    find(values, rows, columns, (rows - 1) / 2, medians, following.data());
     if (rows % 2) return;
-    std::vector<float> lower(columns);
-    find(values, rows, columns, rows / 2 - 1, lower.data());
-    for (size_t c = 0; c < columns; ++c) medians[c] = (lower[c] + medians[c]) / 2.0f;
+    for (size_t c = 0; c < columns; ++c) medians[c] = (medians[c] + following[c]) / 2.0f;
 }
 
 }  // namespace cachegen

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "dispatch.h"
 #include "float_bits.h"
@@ -29,9 +30,10 @@ void climb_row(const float* values, size_t size, int16_t* coarse, uint8_t* const
         auto step = static_cast<float>(power_of_three(static_cast<unsigned>(refinements)));
         for (size_t i = 0; i < count; ++i) {
             magnitude[i] = std::fabs(from[i]);
-            const float place = std::min(magnitude[i] / step + kInside, 127.5f);
-            const auto index = static_cast<int32_t>(place);
-            coarse[begin + i] = static_cast<int16_t>(from[i] < 0 ? -index : index);
+            const float place = magnitude[i] / step + kInside;
+            const auto index = static_cast<int32_t>(choose(place < 127.5f, place, 127.5f));
+            const int32_t minus = -static_cast<int32_t>(from[i] < 0);
+            coarse[begin + i] = static_cast<int16_t>((index ^ minus) - minus);
             significant[i] = index > 0;
             low[i] = (static_cast<float>(index) - kInside) * step;
             width[i] = step;
@@ -101,40 +103,53 @@ void error_row(const float* values, size_t size, const int16_t* coarse,
     }
 }
 
-// The k-th smallest of every column, by binary search in the order of the floats' bits.
-void order_statistics(const float* values, size_t rows, size_t columns, size_t rank, float* out) {
-    constexpr size_t kPart = 16;
+// The value of rank `rank` of every column, counted from 0, and the one behind it, by binary search
+// in the order of the floats' bits.
+void order_statistics(const float* values, size_t rows, size_t columns, size_t rank, float* out,
+                      float* following) {
+    constexpr size_t kPart = 32;
+    // Floats ordered as signed integers: the magnitude bits of negative ones are turned over.
+    const auto key_of = [](int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); };
+    std::vector<int32_t> keys(rows * kPart);
     for (size_t begin = 0; begin < columns; begin += kPart) {
         const size_t count = std::min(kPart, columns - begin);
-        // Floats ordered as signed integers: the magnitude bits of negative ones are turned over.
-        int32_t low[kPart], high[kPart];
+        for (size_t r = 0; r < rows; ++r)
+            for (size_t c = 0; c < count; ++c)
+                keys[r * kPart + c] =
+                    key_of(static_cast<int32_t>(bits_from_float(values[r * columns + begin + c])));
+        int32_t low[kPart], high[kPart], below[kPart], next[kPart];
         std::fill_n(low, kPart, INT32_MIN);
         std::fill_n(high, kPart, INT32_MAX);
         for (int bit = 0; bit < 32; ++bit) {
             int32_t middle[kPart];
-            uint32_t below[kPart] = {};
+            // The mean, rounded down, without overflow.
             for (size_t c = 0; c < kPart; ++c)
-                middle[c] = static_cast<int32_t>((int64_t{low[c]} + high[c]) >> 1);
-            const auto count_row = [&](const float* row, size_t width) {
-                for (size_t c = 0; c < width; ++c) {
-                    const auto bits = static_cast<int32_t>(bits_from_float(row[c]));
-                    below[c] += (bits ^ ((bits >> 31) & 0x7fffffff)) <= middle[c];
-                }
-            };
-            const float* row = values + begin;
-            if (count == kPart)
-                for (size_t r = 0; r < rows; ++r, row += columns) count_row(row, kPart);
-            else
-                for (size_t r = 0; r < rows; ++r, row += columns) count_row(row, count);
+                middle[c] = (low[c] & high[c]) + ((low[c] ^ high[c]) >> 1);
+            std::fill_n(below, kPart, 0);
+            for (size_t r = 0; r < rows; ++r)
+                for (size_t c = 0; c < kPart; ++c) below[c] += keys[r * kPart + c] <= middle[c];
             for (size_t c = 0; c < kPart; ++c) {
-                const bool enough = below[c] > rank;
+                const bool enough = below[c] > static_cast<int32_t>(rank);
+                const bool done = low[c] == high[c];
                 high[c] = enough ? middle[c] : high[c];
-                low[c] = enough || low[c] == high[c] ? low[c] : middle[c] + 1;
+                low[c] = enough || done ? low[c] : middle[c] + 1;
             }
         }
-        for (size_t c = 0; c < count; ++c)
-            out[begin + c] =
-                float_from_bits(static_cast<uint32_t>(high[c] ^ ((high[c] >> 31) & 0x7fffffff)));
+        std::fill_n(below, kPart, 0);
+        std::fill_n(next, kPart, INT32_MAX);
+        for (size_t r = 0; r < rows; ++r) {
+            for (size_t c = 0; c < kPart; ++c) {
+                const int32_t key = keys[r * kPart + c];
+                below[c] += key <= high[c];
+                next[c] = key > high[c] && key < next[c] ? key : next[c];
+            }
+        }
+        for (size_t c = 0; c < count; ++c) {
+            const bool twice = below[c] > static_cast<int32_t>(rank) + 1;
+            out[begin + c] = float_from_bits(static_cast<uint32_t>(key_of(high[c])));
+            following[begin + c] =
+                float_from_bits(static_cast<uint32_t>(key_of(twice ? high[c] : next[c])));
+        }
     }
 }
 
