@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from cachegen.cli import bench, config, doctor, evaluate, explain, profiles, simulate, store
+from cachegen.cli import (
+    bench,
+    config,
+    doctor,
+    evaluate,
+    explain,
+    exporter,
+    profiles,
+    simulate,
+    store,
+)
 from cachegen.cli.common import JsonOption, ModelArgument, OutOption, console, errors, model_folder
 from cachegen.errors import CacheGenError, InputError
 
@@ -249,6 +259,7 @@ store.register(cli)
 config.register(cli)
 doctor.register(cli)
 explain.register(cli)
+exporter.register(cli)
 evaluate.register(cli)
 simulate.register(cli)
 bench.register(cli)
