@@ -13,16 +13,27 @@ PEERS := --texts 4 --codec progressive:profile=true --codec progressive:profile=
   --codec cachegen-paper --codec cachegen:tables=parametric --codec int8 --codec kivi \
   --codec turboquant --codec kvtc --codec kvtc-no-window
 
-.PHONY: demo test check format lint types sanitize results clean help
+.PHONY: demo test test-vllm check format lint types sanitize results clean help
 
 help:
-	@echo "make demo | test | check | format | lint | types | sanitize | results | clean"
+	@echo "make demo | test | test-vllm | check | format | lint | types | sanitize | results | clean"
 
 demo: $(VENV)/.installed
 	@$(BIN)/cachegen demo --bandwidth $(BANDWIDTH)
 
 test: $(VENV)/.installed
 	@$(BIN)/python -m pytest -n 2
+
+# A real vLLM (CPU build) in a venv of its own: minutes to set up, once.
+VLLM := .venv-vllm
+
+test-vllm: $(VLLM)/.installed
+	@$(VLLM)/bin/python -m pytest tests/vllm -p no:cacheprovider -W ignore --durations=0 -rs
+
+$(VLLM)/.installed: scripts/setup_vllm.sh pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
+	@echo "setting up $(VLLM) (once)"
+	@TORCH_ARGS="$(TORCH_ARGS)" bash scripts/setup_vllm.sh $(VLLM) $(PYTHON)
+	@touch $@
 
 check: lint types test
 
@@ -68,4 +79,4 @@ endif
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
