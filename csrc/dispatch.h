@@ -83,6 +83,8 @@ struct Kernels {
     void (*finish_unit[kKVTypes])(const UnitJob& job);
     // Fills a row of UnitJob::lookup for each row of a job, of which values are not read.
     void (*fill_lookup[kKVTypes])(const UnitJob& job, void* lookup);
+    void (*scale_rows)(const UnitJob& job, float* out, size_t stride, uint8_t* used);
+    void (*finish_row[kKVTypes])(const RowsJob& job);
     const uint8_t* angle_lanes;  // kLanes: which lane each entry of a row of cos and sin is for
 
     // One head of one token, `size` values side by side; indexed by KVType.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -177,16 +178,17 @@ struct PreparedGroup {
         fill_constants(work);
         find_streams();
         find_boundaries();
+        if (group.coefficients) return;
         store_exempt(work);
         fill_lookup(work, kernel);
     }
 
     // A job for a unit, but for what depends on the place.
     UnitJob job_of(const Unit& unit) const {
-        const PlaneTarget& plane = group.planes[unit.plane];
         UnitJob job{};
         job.size = unit.size;
-        job.scaling = plane.is_value ? group.value_scaling : group.key_scaling;
+        const bool is_value = !group.coefficients && group.planes[unit.plane].is_value;
+        job.scaling = is_value ? group.value_scaling : group.key_scaling;
         job.early_offset = early_offset.data() + unit.begin;
         job.late_offset = late_offset.data() + unit.begin;
         job.mean = mean.data() + unit.begin;
@@ -205,6 +207,7 @@ private:
                 std::to_string(group.side.classes.size()), std::to_string(group.channels));
         require(group.early_offset.size() == kClasses && group.late_offset.size() == kClasses,
                 "offsets", std::to_string(group.early_offset.size()), std::to_string(kClasses));
+        if (group.coefficients) return;
         uint64_t channels = 0;
         for (const PlaneTarget& plane : group.planes) {
             channels += uint64_t{plane.heads} * plane.dim;
@@ -225,6 +228,14 @@ private:
     void find_units() {
         unit_of.resize(group.channels);
         uint32_t begin = 0;
+        // Coefficients are finished by blocks.
+        while (group.coefficients && begin < group.channels) {
+            const auto size =
+                static_cast<uint32_t>(std::min<uint64_t>(kBlockSteps, group.channels - begin));
+            std::fill_n(unit_of.begin() + begin, size, static_cast<uint32_t>(units.size()));
+            units.push_back({begin, size, 0, 0, 0});
+            begin += size;
+        }
         for (uint32_t plane = 0; plane < group.planes.size(); ++plane) {
             const PlaneTarget& target = group.planes[plane];
             for (uint32_t head = 0; head < target.heads; ++head, begin += target.dim) {
@@ -241,8 +252,8 @@ private:
         late_offset.resize(n);
         mean.assign(n, 0.0f);
         for (const Unit& unit : units) {
-            const float factor =
-                group.planes[unit.plane].is_value ? group.value_factor : 1.0f;
+            const bool is_value = !group.coefficients && group.planes[unit.plane].is_value;
+            const float factor = is_value ? group.value_factor : 1.0f;
             for (size_t c = unit.begin; c < unit.begin + unit.size; ++c) {
                 const size_t scale_class = group.side.classes[c] % kClasses;
                 early_offset[c] = group.early_offset[scale_class] * factor;
@@ -532,7 +543,22 @@ private:
         throw Error(ErrorKind::Corrupt, what, std::to_string(got), std::move(expected));
     }
 
+    void finish_coefficients() {
+        UnitJob job = group_->job_of(unit_);
+        job.values = row(0);
+        const size_t stride = group_->shape.places() * kLanes;
+        float* const out = group_->group.coefficients + unit_.begin * stride + place_ * kLanes;
+        uint8_t used[kBlockSteps];
+        kernel_.scale_rows(job, out, stride, used);
+        // Another thread may be at another place of the same components.
+        for (uint32_t i = 0; i < unit_.size; ++i)
+            if (used[i])
+                std::atomic_ref(group_->group.used[unit_.begin + i])
+                    .store(1, std::memory_order_relaxed);
+    }
+
     void finish() {
+        if (group_->group.coefficients) return finish_coefficients();
         const PlaneTarget& plane = group_->group.planes[unit_.plane];
         if (rows_place_ != place_ || rows_plane_ != unit_.plane) find_rows(plane);
         std::array<std::byte*, kLanes> rows;
@@ -703,6 +729,28 @@ void decode_groups(const FusedDecode& work) {
             if (!strand->is_idle() || queue.start_next(*strand)) busy[count++] = strand.get();
         if (!count) return;
         decode_block(std::span(busy).first(count), coders);
+    }
+}
+
+void finish_plane(const FinishPlane& work) {
+    const Shape shape{work.tokens, 1};
+    const auto finish = kernels().finish_row[static_cast<size_t>(work.type)];
+    const PlaneTarget& plane = work.plane;
+    for (uint64_t place = 0; place < shape.places(); ++place) {
+        for (unsigned lane = 0; lane < shape.active_lanes(place); ++lane) {
+            const uint64_t token = lane * shape.places() + place;
+            const int64_t offset = plane.offsets[token];
+            if (offset == kSkippedToken || work.exempt[token]) continue;
+            const float* row = work.values + (place * kLanes + lane) * work.row_stride;
+            const size_t angles = token * work.half;
+            for (uint32_t head = 0; head < plane.heads; ++head) {
+                const size_t begin = size_t{head} * plane.dim;
+                finish({row + begin, work.row_stride, plane.dim, work.mean + begin, work.factor,
+                        work.cos ? work.cos + angles : nullptr,
+                        work.sin ? work.sin + angles : nullptr, work.half, work.interleaved,
+                        plane.data + offset + head * plane.head_stride});
+            }
+        }
     }
 }
 

@@ -67,7 +67,11 @@ struct FusedGroup {
     // By class, kClasses each, in units of K: see UnitJob.
     std::span<const float> early_offset, late_offset;
     float value_factor;  // V is divided by its weight, so offsets and means of V are times this
-    std::vector<PlaneTarget> planes;  // in channel order
+    std::vector<PlaneTarget> planes;  // in channel order, or none with coefficients
+    // Instead of planes: a row of places * 32 floats for each component, places after one another,
+    // each in lane order, and whether the component is anything but 0 somewhere.
+    float* coefficients;
+    uint8_t* used;
 };
 
 inline constexpr unsigned kClasses = 64, kFamilies = 3, kTableRows = 88;
@@ -85,5 +89,22 @@ struct FusedDecode {
 // Throws Error: Truncated or Corrupt for bytes, Geometry for sizes that contradict one another.
 // After an error the targets hold anything. Memory: see docs/fused-decode.md.
 void decode_groups(const FusedDecode& work);
+
+// The second half of decoding with a profile: floats of one plane, rows in the order of
+// coefficients, to where they go. cos, sin: tokens * half each, in token order, or null.
+struct FinishPlane {
+    KVType type;
+    uint64_t tokens;
+    const float* values;
+    size_t row_stride;  // floats
+    const float* mean;  // of the plane's channels
+    float factor;
+    const float *cos, *sin;
+    size_t half;
+    bool interleaved;
+    PlaneTarget plane;
+    std::span<const uint8_t> exempt;  // by token: nothing is stored where it is not 0
+};
+void finish_plane(const FinishPlane& work);
 
 }  // namespace cachegen

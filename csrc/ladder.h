@@ -47,4 +47,17 @@ struct UnitJob {
     void* scratch;           // size rounded up to 32 rows of kLanes elements, aligned to 64 bytes
 };
 
+// Rows of floats, one per token, to their destination: (row + mean) * factor, RoPE, rounding.
+struct RowsJob {
+    const float* values;  // size floats, row_stride apart
+    size_t row_stride;    // floats
+    size_t size;          // of a head
+    const float* mean;    // size floats
+    float factor;
+    const float *cos, *sin;  // `half` floats for the row; null without RoPE
+    size_t half;
+    bool interleaved;
+    void* row;  // where it goes
+};
+
 }  // namespace cachegen

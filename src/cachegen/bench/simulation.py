@@ -17,6 +17,7 @@ from cachegen.stream.rules import CachegenPolicy
 from cachegen.stream.scenario import (
     CHUNK_TOKENS,
     DEFAULT_MODELS,
+    SHARE_RANGE,
     SLO_RANGE_S,
     WORST_DISTORTION,
     ModelClass,
@@ -47,8 +48,6 @@ DEFAULT_TRACES = 200
 # Shares of the time left that CacheGen's rule may plan for, to trace its trade-off.
 MARGINS = (1.0, 0.8, 0.6, 0.4, 0.2)
 LATE_TARGETS = (0.01, 0.05, 0.2, 0.5)
-# Frontiers are run on so many of the traces.
-FRONTIER_TRACES = 50
 QUANTILES = 41
 EXAMPLE_S, EXAMPLE_POINTS = 30.0, 150
 SLO_BINS_S = ((0.5, 1.0), (1.0, 2.0), (2.0, 4.0))
@@ -188,7 +187,6 @@ def _frontiers(
     progress: Callable[[str], None],
 ) -> dict[str, list[dict[str, float]]]:
     """Vary what each policy risks; every point is (setting, violations, distortion)."""
-    traces = traces[:FRONTIER_TRACES]
     variants: list[tuple[str, float, Contender]] = []
     for name in (PAPER_RULE, SAME_CODEC):
         for margin in MARGINS:
@@ -249,7 +247,7 @@ def _shows(results: Results, frontiers: dict[str, list[dict[str, float]]]) -> di
 def _at_equal_violations(
     frontiers: dict[str, list[dict[str, float]]], rule: str
 ) -> dict[str, Any] | None:
-    """Compare ``deadline`` as it is with a rule's point of as many violations, on equal traces.
+    """Compare ``deadline`` as it is with a rule's point of as many violations.
 
     If the rule never gets that low, its fewest: a policy with fewer violations can always be made
     worse, so fewer counts as equal.
@@ -264,7 +262,6 @@ def _at_equal_violations(
     enough = [point for point in points if point["slo_violation_rate"] <= wanted]
     other = min(enough, key=lambda point: point["distortion_mean"]) if enough else fewest
     return {
-        "traces_of_each_model": FRONTIER_TRACES,
         "deadline_violation_rate": wanted,
         "deadline_distortion": mine[0]["distortion_mean"],
         "rule_violation_rate": other["slo_violation_rate"],
@@ -314,7 +311,7 @@ def _setup(
                 "values_per_token": model.values_per_token,
                 "prefill_tokens_per_s": 1 / model.prefill.token_s,
                 "prefill_pairs_per_s": 1 / model.prefill.pair_s,
-                "prefill_share": settings.workload.prefill_share,
+                "prefill_share": settings.workload.prefill_share or list(SHARE_RANGE),
             }
             for model in models
         ],

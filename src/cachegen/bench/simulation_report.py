@@ -277,11 +277,18 @@ def _assumptions(result: dict[str, Any]) -> str:
     slo = result["slo_s"]
     slo_text = f"{slo:g} s" if isinstance(slo, (int, float)) else f"{slo[0]:g} to {slo[1]:g} s"
     low, high = work["prefill_over_slo"]
+    share = result["models"][0]["prefill_share"]
+    share_text = (
+        f"One request gets {share:.0%} of the machine for prefill"
+        if isinstance(share, (int, float))
+        else f"One request gets {share[0]:.0%} to {share[1]:.0%} of the machine for prefill, "
+        "log-uniform over the traces"
+    )
     lines = [f"{model['name']}: {model['text']}." for model in result["models"]]
     lines += [
-        f"One request gets {work['prefill_share']:.0%} of the machine for prefill, and a machine "
-        "of its own; the link is shared. Prefill times scatter by 5 % around the formula, and the "
-        "planner starts with a guess that is off by about 15 %.",
+        f"{share_text}, and requests do not wait for each other there; the link is shared. "
+        "Prefill times scatter by 5 % around the formula, and the planner starts with a guess that "
+        "is off by about 15 %.",
         f"{work['requests']} requests on each trace, Poisson arrivals every {work['gap_s']:g} s on "
         f"average, SLO {slo_text}. Contexts are such that prefilling them takes {low:g} to "
         f"{high:g} times the SLO, in chunks of {result['chunk_tokens']} tokens.",

@@ -41,8 +41,9 @@ def simulate(
     ] = 0.1,
     requests: Annotated[int, typer.Option(help="Requests on each trace.")] = 6,
     prefill_share: Annotated[
-        float, typer.Option(help="Share of the machine that one request gets for prefill.")
-    ] = 0.5,
+        float | None,
+        typer.Option(help="Share of the machine for one prefill; default: 0.2 to 1, by trace."),
+    ] = None,
     json_file: JsonOption = None,
     html_file: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write a report, one file.")

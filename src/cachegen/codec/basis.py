@@ -32,7 +32,10 @@ KIND = "progressive-2"
 VALUE_WEIGHT = 1.5
 # Weight of V in objects whose profile has measured what every error costs.
 MEASURED_WEIGHT = 1.0
-MIN_SEGMENT_CHANNELS = 1024
+MIN_SEGMENT_CHANNELS = 256
+# An error in the first third of the layers counts this many times as much as a later one where
+# nothing is known of the model: later layers build on it. CacheGen's grading is the same prior.
+EARLY_WEIGHT = 4.0
 # Tokens beyond this many median norms are stored exactly: attention sinks, mostly.
 OUTLIER_NORM = 3.0
 
@@ -121,6 +124,21 @@ class ModelBasis:
     groups: tuple[Group, ...]
     bases: tuple[GroupBasis | None, ...]
     value_weight: float = VALUE_WEIGHT
+
+    def error_weights(self) -> list[float]:
+        """Return what the squared errors of each group count, 1 in the mean over layers.
+
+        It decides what comes first in an object. Measured weights are in the components already.
+        """
+        layers = max(group.layer + group.layers for group in self.groups)
+        if self.value_weight == MEASURED_WEIGHT:
+            return [1.0] * len(self.groups)
+        weights = [EARLY_WEIGHT if 3 * layer < layers else 1.0 for layer in range(layers)]
+        mean = sum(weights) / layers
+        return [
+            sum(weights[group.layer : group.layer + group.layers]) / group.layers / mean
+            for group in self.groups
+        ]
 
 
 def plain_basis(chunk: KVChunk) -> ModelBasis:

@@ -29,9 +29,10 @@ from cachegen.codec.basis import (
 )
 from cachegen.codec.container import SIDE, write_object
 from cachegen.codec.fused import channels_of, decode_plain
+from cachegen.codec.fused_profile import decode_with_profile
 from cachegen.codec.header import Group, Header, SegmentBody, plane_groups
 from cachegen.codec.reader import ObjectReader
-from cachegen.codec.reference import decode_group, profile_classes
+from cachegen.codec.reference import profile_classes
 from cachegen.codec.side import GroupSide
 from cachegen.codec.target import Target
 from cachegen.errors import ConfigError, CorruptError, NonFiniteError, ProfileError
@@ -130,6 +131,7 @@ class ProgressiveCodec(Codec):
         step = float(np.float32(relative * spread)) if spread > 0 else 1.0
         segments: list[SegmentBody] = []
         reach = ladder.reach(count) * step
+        weights = basis.error_weights()
         for index, (prepared, pair) in enumerate(zip(groups, _pairs(basis), strict=True)):
             group = prepared
             beyond = np.flatnonzero((np.abs(group.coefficients) > reach).any(axis=1))
@@ -137,7 +139,7 @@ class ProgressiveCodec(Codec):
             if len(beyond):
                 also = np.union1d(sinks, beyond)
                 group = _Prepared.of(chunk, *pair, basis, also=also)
-            segments += group.encode(index, step, count)
+            segments += group.encode(index, step, count, weights[index])
         return write_object(
             chunk,
             codec_id=self.codec_id,
@@ -168,8 +170,7 @@ class ProgressiveCodec(Codec):
         if header.profile is None:
             decode_plain(reader, target, step=step, value_weight=value_weight)
             return
-        for index, pair in enumerate(_pairs(basis)):
-            decode_group(reader, target, index, *pair, step=step, value_weight=value_weight)
+        decode_with_profile(reader, target, basis, step=step)
 
     @classmethod
     def coded_shape(cls, header: Header, group: int, pass_index: int) -> tuple[int, int, int]:
@@ -226,7 +227,8 @@ class _Prepared:
         centred[outliers] = 0
         return cls(centred, side, statistics)
 
-    def encode(self, index: int, step: float, count: int) -> list[SegmentBody]:
+    def encode(self, index: int, step: float, count: int, weight: float) -> list[SegmentBody]:
+        """Code all passes. weight: what a squared error of this group counts in the table."""
         scaled = self.coefficients / np.float32(step)
         digits = ladder.climb(scaled, count)
         if self.statistics is None:
@@ -240,7 +242,7 @@ class _Prepared:
             side = self.side.with_offset(offset)
         scale_class = classes % ladder.CLASSES
         decay, errors = passes.fit_decay(scaled, digits, scale_class)
-        distortions = [error * step * step for error in errors]
+        distortions = [error * step * step * weight for error in errors]
         body = side.with_decay(decay).to_bytes(plain=self.statistics is None)
         return [
             SegmentBody(index, 0, SIDE, body, distortions[0]),

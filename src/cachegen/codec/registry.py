@@ -9,6 +9,7 @@ from cachegen.codec.base import Codec, empty_chunk
 from cachegen.codec.cachegen import CacheGenCodec
 from cachegen.codec.container import DEFAULT_MAX_DECODED_BYTES, Buffer
 from cachegen.codec.int8 import Int8Codec
+from cachegen.codec.lossless import LosslessCodec
 from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.raw import RawCodec
 from cachegen.codec.reader import ObjectReader
@@ -17,7 +18,13 @@ from cachegen.errors import ConfigError, UnknownCodecError
 from cachegen.profile import Profile
 from cachegen.types import ChunkKey
 
-CODECS: tuple[type[Codec], ...] = (Int8Codec, CacheGenCodec, ProgressiveCodec, RawCodec)
+CODECS: tuple[type[Codec], ...] = (
+    Int8Codec,
+    CacheGenCodec,
+    ProgressiveCodec,
+    RawCodec,
+    LosslessCodec,
+)
 
 
 def get_codec(name: str, **settings: Any) -> Codec:

@@ -85,6 +85,20 @@ class Target:
             address, offsets, array.strides[-2], heads, dim, rope, first_position, is_value
         )
 
+    def store_tokens(
+        self, layer: int, tokens: NDArray[np.int64], rows: Array, *, is_value: bool
+    ) -> None:
+        """Store some tokens of a plane: (E,) indices, (E, H * D) values of any KV dtype."""
+        array = self._pairs[layer][is_value]
+        heads = rows.reshape(len(tokens), *array.shape[-2:])
+        if self._slots is None:
+            array[tokens] = convert(heads, self.dtype)
+            return
+        slots = self._slots[self._header.ranges[layer][0] + tokens]
+        kept = slots >= 0
+        block, place = np.divmod(slots[kept], array.shape[1])
+        array[block, place] = convert(heads[kept], self.dtype)
+
     @contextmanager
     def writing(self, layer: int, *, is_value: bool) -> Iterator[Array]:
         """Give a plane (T_l, H, D) of the object's dtype to fill; it is stored afterwards.

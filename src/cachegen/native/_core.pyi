@@ -52,6 +52,16 @@ def decode_groups(
     ropes: list[tuple[NDArray[Any], float, bool]],
     groups: Sequence[tuple[Any, ...]],
 ) -> None: ...
+def finish_plane(
+    type: str,
+    target: tuple[Any, ...],
+    values: NDArray[Any],
+    mean: NDArray[Any],
+    factor: float,
+    angles: NDArray[Any] | None,
+    interleaved: bool,
+    exempt: NDArray[Any],
+) -> None: ...
 def isa() -> str: ...
 def select_isa(isa: str) -> None: ...
 def available_isas() -> list[str]: ...

@@ -56,17 +56,30 @@ class Constants(NamedTuple):
     late_offset: NDArray[np.float32]
 
 
+class Coefficients(NamedTuple):
+    """Where the components of a group go, for a transform to follow.
+
+    classes: (N,) uint8, family * 64 + class. values: (N, P * 32) float32 for P places, written
+    whole: token ``lane * P + place`` is column ``place * 32 + lane``. used: (N,) uint8, zeros; set
+    to 1 where a component is not 0 everywhere.
+    """
+
+    classes: Symbols
+    values: NDArray[np.float32]
+    used: Symbols
+
+
 class GroupSource(NamedTuple):
     """The bytes of one group and all that the decoder needs beside them.
 
-    passes: (kind, body) of the passes at hand, pass 0 first. side: its side information.
-    planes: in channel order.
+    passes: (kind, body) of the passes at hand, pass 0 first. side: its side information, or with a
+    profile where components go. planes: in channel order; none with a profile.
     """
 
     tokens: int
     channels: int
     passes: Sequence[tuple[int, Symbols]]
-    side: Symbols
+    side: Symbols | Coefficients
     constants: Constants
     planes: Sequence[PlaneTarget]
 
@@ -93,6 +106,27 @@ def decode_groups(
             kinds.append((np.asarray(frequencies, np.float32), float(scale), rope.interleaved))
     _core.decode_groups(
         dtype.label, stored.label, passes, coarse._core, refine._core, kinds, groups
+    )
+
+
+def finish_plane(
+    target: PlaneTarget,
+    values: NDArray[np.float32],
+    *,
+    dtype: KVDtype,
+    mean: NDArray[np.float32],
+    factor: float,
+    angles: NDArray[np.float32] | None,
+    interleaved: bool,
+    exempt: Symbols,
+) -> None:
+    """Store a plane of floats: (values + mean) * factor, RoPE, rounding.
+
+    values: (P * 32, H * D), rows ordered as columns of ``Coefficients``. mean: (H * D,).
+    angles: (2, T, D_rot / 2), cos and sin, or None. exempt: (T,), tokens that are left as they are.
+    """
+    _core.finish_plane(
+        dtype.label, target, values, mean, float(factor), angles, interleaved, exempt
     )
 
 

@@ -56,7 +56,7 @@ class CachegenPolicy:
     left; else the finest level at which all that is left fits; if none fits, whichever is over
     first. Before anything was measured it takes the middle level. A level is a separate object,
     once asked for it is not changed.
-    margin: share of the time left that is planned for; the paper uses all of it.
+    margin: share of the time left that levels are planned for; the paper uses all of it.
     Source: CacheGen (SIGCOMM'24), section 5.3 and Algorithm 1.
     """
 
@@ -95,7 +95,7 @@ class CachegenPolicy:
         steps = state.chunks[index].curve.steps
         left_s = state.left_s * self.margin
         text_s = math.fsum(state.recompute_s(chunk) for chunk in rest)
-        if not steps or text_s <= left_s:
+        if not steps or text_s <= state.left_s:
             return None
         rate = state.link.last_rate_bytes_per_s
         if rate is None:

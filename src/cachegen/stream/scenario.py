@@ -190,7 +190,8 @@ class Workload:
     """How requests are drawn.
 
     requests: on each trace. gap_s: mean time between arrivals (Poisson). slo_s: of every request;
-    None draws it from 0.5 to 4 s for each. prefill_share: of the machine, for one request.
+    None draws it from 0.5 to 4 s for each. prefill_share: of the machine, for one request; None
+    draws it for each trace, from a fifth (busy) to all of it (idle).
     prefill_over_slo: contexts are drawn so that prefilling them would take between so many times
     the SLO (log-uniform). latency_s: first byte of a read. decode_bytes_per_s: of coded bytes.
     question_tokens: what is not stored, and prefilled once the rest is there.
@@ -199,7 +200,7 @@ class Workload:
     requests: int = 6
     gap_s: float = 2.0
     slo_s: float | None = None
-    prefill_share: float = 0.5
+    prefill_share: float | None = None
     prefill_over_slo: tuple[float, float] = (0.5, 2.0)
     latency_s: float = 0.005
     decode_bytes_per_s: float = 4e9
@@ -208,7 +209,7 @@ class Workload:
     def __post_init__(self) -> None:
         if self.slo_s is not None and not 0.05 <= self.slo_s <= 30:
             raise ConfigError("SLO", got=self.slo_s, expected="0.05 to 30 seconds")
-        if self.requests < 1 or not 0 < self.prefill_share <= 1:
+        if self.requests < 1 or not 0 < (self.prefill_share or 1.0) <= 1:
             raise ConfigError(
                 "workload",
                 got=(self.requests, self.prefill_share),
@@ -217,6 +218,7 @@ class Workload:
 
 
 SLO_RANGE_S = (0.5, 4.0)
+SHARE_RANGE = (0.2, 1.0)
 
 
 @dataclass(frozen=True)
@@ -249,10 +251,8 @@ class Scene:
 def draw_scene(model: ModelClass, workload: Workload, seed: str) -> Scene:
     """Draw the requests of one trace."""
     random_ = random.Random(f"{seed} {model.name}")
-    true = PrefillSpeed(
-        model.prefill.token_s / workload.prefill_share,
-        model.prefill.pair_s / workload.prefill_share,
-    )
+    share = workload.prefill_share or _log_uniform(random_, *SHARE_RANGE)
+    true = PrefillSpeed(model.prefill.token_s / share, model.prefill.pair_s / share)
     requests, now_s = [], random_.uniform(0.0, 10.0)
     for _ in range(workload.requests):
         now_s += random_.expovariate(1.0 / workload.gap_s)
