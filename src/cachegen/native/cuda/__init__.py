@@ -1,0 +1,1 @@
+"""The CUDA kernels of ``csrc/cuda``: their plans, compilation, devices, and emulation on the host."""
