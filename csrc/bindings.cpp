@@ -10,8 +10,8 @@
 
 #include <optional>
 
+#include "bindings.h"
 #include "dispatch.h"
-#include "error.h"
 #include "quantize.h"
 #include "rans.h"
 #include "segment_layout.h"
@@ -22,20 +22,9 @@ using namespace nb::literals;
 namespace cachegen {
 namespace {
 
-template <class T, class... Extra>
-using Array = nb::ndarray<T, nb::device::cpu, nb::c_contig, Extra...>;
-template <class T>
-using Vector = Array<T, nb::ndim<1>>;
-template <class T>
-using Matrix = Array<T, nb::ndim<2>>;
 // Elements of 2 or 4 bytes as bits: NumPy cannot export bfloat16, so all types travel so.
 template <class Bits>
 using StridedPlane = nb::ndarray<Bits, nb::device::cpu, nb::ndim<3>>;
-
-void require(bool sound, const char* what) {
-    if (!sound)
-        throw Error(ErrorKind::Geometry, what, "sizes that do not fit", "sizes that do");
-}
 
 template <class T>
 std::span<const T> view(const Array<const T>& array) {
@@ -210,6 +199,8 @@ NB_MODULE(_core, m) {
           "levels"_a, "out"_a.noconvert(), "type"_a);
     m.def("dequantize", dequantize_bits<uint32_t>, "symbols"_a.noconvert(), "scales"_a.noconvert(),
           "levels"_a, "out"_a.noconvert(), "type"_a);
+
+    bind_fused(m);
 
     m.def("isa", [] { return kernels().isa; });
     m.def("select_isa", select_isa, "isa"_a);

@@ -9,6 +9,7 @@
 
 #include "alias_table.h"
 #include "float_bits.h"
+#include "ladder.h"
 
 namespace cachegen {
 
@@ -60,6 +61,15 @@ struct Kernels {
                     unsigned lanes);
     void (*gather)(const uint8_t* first_row, size_t stride, unsigned lanes, size_t steps,
                    uint8_t* block);
+
+    // Bit l of found[s]: whether byte l of row s of a block is wanted[s].
+    void (*find_bytes)(const uint8_t* block, const uint8_t* wanted, size_t steps, uint32_t* found);
+
+    // Values of `progressive`, rows of kLanes like the symbols they come from; see ladder.h.
+    void (*coarse_values)(const uint8_t* symbols, size_t steps, int16_t* values);
+    void (*value_contexts)(const int16_t* values, size_t steps, uint8_t* contexts);
+    void (*refine_values)(const uint8_t* digits, int late_below, size_t steps, int16_t* values);
+    void (*finish_unit[kKVTypes])(const UnitJob& job);
 
     // One head of one token, `size` values side by side; indexed by KVType.
     struct PerType {

@@ -7,6 +7,7 @@
 
 #include "block_avx2.h"
 #include "dispatch.h"
+#include "ladder_rows.h"
 #include "quantize_rows.h"
 #include "rans_simd.h"
 
@@ -248,6 +249,12 @@ constinit const Kernels kAvx2Kernels = {
     .encode_run = encode_run_scalar,
     .scatter = scatter_avx2,
     .gather = gather_avx2,
+    .find_bytes = find_bytes,
+    .coarse_values = coarse_values,
+    .value_contexts = value_contexts,
+    .refine_values = refine_values,
+    .finish_unit = {finish_unit<KVType::Float16>, finish_unit<KVType::BFloat16>,
+                    finish_unit<KVType::Float32>},
     .per_type = {row_kernels<KVType::Float16>(), row_kernels<KVType::BFloat16>(),
                  row_kernels<KVType::Float32>()},
 };

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "dispatch.h"
+#include "ladder_rows.h"
 #include "quantize_rows.h"
 
 namespace cachegen {
@@ -173,6 +174,12 @@ constinit const Kernels kScalarKernels = {
     .encode_run = encode_run_scalar,
     .scatter = scatter,
     .gather = gather,
+    .find_bytes = find_bytes,
+    .coarse_values = coarse_values,
+    .value_contexts = value_contexts,
+    .refine_values = refine_values,
+    .finish_unit = {finish_unit<KVType::Float16>, finish_unit<KVType::BFloat16>,
+                    finish_unit<KVType::Float32>},
     .per_type = {row_kernels<KVType::Float16>(), row_kernels<KVType::BFloat16>(),
                  row_kernels<KVType::Float32>()},
 };

@@ -21,7 +21,9 @@ The tree::
     │       └── CorruptError              fields contradict each other or the coded data
     └── StoreError                        a store failed; the CLI exits with 1
         ├── StoreFullError                quota or disk is exhausted
-        └── StoreReadOnlyError            the store cannot be written
+        ├── StoreReadOnlyError            the store cannot be written
+        ├── StoreTimeoutError             the store did not answer before the deadline
+        └── StoreUnavailableError         the store cannot be reached, or fails too often
 
 A key that is not in a store is no error: ``Store.get`` returns ``None``. A path that does
 not exist is the builtin ``FileNotFoundError``.
@@ -122,12 +124,47 @@ class CorruptError(FormatError):
 
 
 class StoreError(CacheGenError):
-    """A store could not do what was asked."""
+    """A store could not do what was asked.
+
+    reason: one word for counters and log lines, such as ``"refused"`` or ``"reset"``; the
+        class's own if None.
+    """
+
+    reason = "failed"
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        got: object = None,
+        expected: object = None,
+        remedy: str | None = None,
+        reason: str | None = None,
+    ) -> None:
+        super().__init__(what, got=got, expected=expected, remedy=remedy)
+        if reason is not None:
+            self.reason = reason
 
 
 class StoreFullError(StoreError):
     """The quota of a store, or the disk under it, is exhausted."""
 
+    reason = "full"
+
 
 class StoreReadOnlyError(StoreError):
     """The store cannot be written."""
+
+    reason = "read_only"
+
+
+class StoreTimeoutError(StoreError):
+    """The store did not answer before the deadline; never taken for a missing name."""
+
+    reason = "timeout"
+
+
+class StoreUnavailableError(StoreError):
+    """The store cannot be reached, breaks off, or fails so often that it is left alone."""
+
+    reason = "unavailable"

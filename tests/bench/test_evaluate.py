@@ -19,12 +19,12 @@ pytest.importorskip("transformers")
 import torch
 
 from cachegen.bench.baselines.families import Calibration, build
+from cachegen.bench.comparisons import bd_rates, curves_of
 from cachegen.bench.curves import CurveError, bd_rate
 from cachegen.bench.evaluate import (
     Measurement,
-    bd_rates,
+    accuracy,
     bootstrap_interval,
-    curves_of,
     measure,
     run_evaluation,
     summarize_rows,
@@ -185,7 +185,7 @@ def test_lossless_means_small_kl_and_scores_within_noise(
     assert not worst["lossless_in_practice"]
     # Had the uncompressed model been right on other questions only, raw would not be lossless.
     cases = tuple(
-        TaskCase(case.prompt, case.prefix, [i < 2 for i in range(9)])
+        TaskCase(case.prompt, case.prefix, replace(case.reference, right=[i < 2 for i in range(9)]))
         for case in work.tasks["retrieval"]
     )
     other = Workload(work.texts, {"retrieval": cases}, work.contexts)
@@ -194,7 +194,9 @@ def test_lossless_means_small_kl_and_scores_within_noise(
 
 
 def test_bd_rates_say_why_there_is_none(measurements: list[Measurement]) -> None:
-    rates = {rate["peer"]: rate for rate in bd_rates(measurements)}
+    every = bd_rates(measurements)
+    assert {rate["quality"] for rate in every} == {"text", "answers"}
+    rates = {rate["peer"]: rate for rate in every if rate["quality"] == "text"}
     assert list(rates) == ["raw", "int8", "turboquant", "kivi-no-window", "h2o"]
     assert rates["raw"]["percent"] is None
     assert "at least 2" in rates["raw"]["reason"]
@@ -206,6 +208,7 @@ def test_bd_rates_say_why_there_is_none(measurements: list[Measurement]) -> None
         else:
             assert rate["interval"][0] <= rate["interval"][1]
             assert rate["percent"] == bd_rate(curves["cachegen"], curves[name]).percent
+            assert rate["worst_percent"] >= rate["percent"]
     assert curves["cachegen"].size.shape == (3, 3)
 
 
@@ -233,6 +236,51 @@ def test_it_is_shown_and_drawn(result: dict[str, Any], tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError):
         plot_evaluation(result, tmp_path / "plot.txt")
+
+
+def test_chunk_sizes_are_compared_with_their_like(tiny_model: Any, work: Workload) -> None:
+    names = ["progressive:profile=false", "cachegen-lmcache", "cachegen-paper", "kivi-no-window"]
+    peers = build(names, Calibration(work.contexts), chunk_tokens=(32, 96))
+    one = Workload(work.texts[:2], {}, work.contexts)
+    measurements = measure(tiny_model, one, peers)
+    compared = {(rate["curve"], rate["peer"]) for rate in bd_rates(measurements)}
+    bare = ", framing not billed"
+    assert compared == {
+        (f"progressive:profile=false@{size}", peer)
+        for size in (32, 96)
+        for peer in (
+            f"cachegen-lmcache@{size}",
+            f"cachegen-paper@{size}",
+            f"cachegen-paper@{size}{bare}",
+            "kivi-no-window",
+        )
+    }
+    rows = summarize_rows(measurements, one)["rows"]
+    levels = [row["label"] for row in rows if row["named"]]
+    assert levels == 2 * ["lossless-in-practice", "balanced", "small"]
+    # Named levels are beside the curve, which has one row for each cut.
+    curves = {curve.name: curve for curve in curves_of(measurements)}
+    assert curves["progressive:profile=false@32"].size.shape == (10, 2)
+    paper, unframed = (curves[f"cachegen-paper@32{end}"].size for end in ("", bare))
+    assert (unframed < paper).all()
+    row = next(row for row in rows if row["family"] == "cachegen-paper@32")
+    saved = 8 * (paper - unframed)[0].sum() / sum(t.prefix.kv.value_count for t in one.texts)
+    assert row["framing_bits_per_value"] == pytest.approx(saved)
+    assert row["chunk_tokens"] == 32
+    assert row["distortion"] is None
+    cuts = [r for r in rows if r["family"].startswith("progressive") and not r["named"]]
+    assert all(r["exempt_bits_per_value"] > 0 for r in cuts)
+    assert [r["distortion"] for r in cuts[:10]] == sorted(
+        (r["distortion"] for r in cuts[:10]), reverse=True
+    )
+
+
+def test_accuracy_has_an_interval_over_prompts() -> None:
+    score = accuracy([[True, True, False, False], [True] * 4])
+    assert score["accuracy"] == 0.75
+    assert score["prompt_interval"] == [0.5, 1.0]
+    assert score["interval"][0] < 0.75 < score["interval"][1]
+    assert (score["questions"], score["prompts"]) == (8, 2)
 
 
 def test_bootstrap_interval() -> None:

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,9 +11,12 @@ import pytest
 
 from cachegen.errors import ConfigError
 from cachegen.store import (
+    CatalogStore,
+    CreatingStore,
     ListingStore,
     LocalStore,
     MemoryStore,
+    RangesStore,
     RateLimitedStore,
     Store,
     StreamingStore,
@@ -218,6 +222,65 @@ def test_many_threads_see_whole_values(store: Store) -> None:
         runs += [pool.submit(read, i) for i in range(4)]
     for run in runs:
         run.result()
+
+
+def test_put_if_absent_creates_once(store: Store) -> None:
+    assert isinstance(store, CreatingStore)
+    assert store.put_if_absent(NAME, DATA) is True
+    assert store.put_if_absent(NAME, b"other") is False
+    assert store.get(NAME) == DATA
+    store.delete(NAME)
+    assert store.put_if_absent(NAME, b"") is True
+    assert store.put_if_absent(NAME, b"other") is False
+    assert store.get(NAME) == b""
+    refused: list[tuple[str, object]] = [("a//b", DATA), ("fresh", "text"), (NAME, "text")]
+    for name, data in refused:
+        with pytest.raises(ConfigError):
+            store.put_if_absent(name, data)  # type: ignore[arg-type]
+
+
+def test_one_of_many_creators_wins(store: Store) -> None:
+    assert isinstance(store, CreatingStore)
+    start = threading.Barrier(8)
+
+    def create(i: int) -> list[bool]:
+        start.wait()
+        return [store.put_if_absent(f"n/{j}", bytes([i]) * 5000) for j in range(10)]
+
+    with ThreadPoolExecutor(8) as pool:
+        created = list(pool.map(create, range(8)))
+    for j in range(10):
+        (winner,) = [i for i in range(8) if created[i][j]]
+        assert store.get(f"n/{j}") == bytes([winner]) * 5000
+
+
+@pytest.mark.parametrize("store", LISTING, indirect=True)
+def test_many_ranges(store: Store) -> None:
+    assert isinstance(store, RangesStore)
+    assert store.get_ranges(NAME, RANGES) is None
+    assert store.get_ranges(NAME, []) is None
+    store.put(NAME, DATA)
+    assert store.get_ranges(NAME, RANGES) == [DATA[begin:end] for begin, end in RANGES]
+    assert store.get_ranges(NAME, []) == []
+    store.put(NAME, b"")
+    assert store.get_ranges(NAME, [(0, 0), (0, 5), (3, 9)]) == [b"", b"", b""]
+    with pytest.raises(ConfigError, match="0 <= begin <= end"):
+        store.get_ranges(NAME, [(0, 1), (5, 4)])
+
+
+@pytest.mark.parametrize("store", LISTING, indirect=True)
+def test_catalog(store: Store) -> None:
+    assert isinstance(store, CatalogStore)
+    begin_s = time.time()
+    for name in ("a/b", "a/c", "b"):
+        store.put(name, b"12345")
+    found = {entry.name: entry for entry in store.entries("a/")}
+    assert found.keys() == {"a/b", "a/c"}
+    assert len(list(store.entries())) == 3
+    for entry in found.values():
+        assert entry.size_bytes == 5
+        # Some stores keep whole seconds, and their clock may be another machine's.
+        assert abs(entry.used_s - begin_s) < 60
 
 
 @pytest.mark.parametrize("store", LISTING, indirect=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cachegen.errors import ConfigError, StoreError, StoreFullError, StoreReadOnlyError
-from cachegen.store import LocalStore, ledger, local
+from cachegen.store import LocalStore, files, ledger, local
 
 CALLS = ("open", "pwrite", "write", "utime", "fsync", "mkdir", "replace", "unlink", "close")
 
@@ -131,7 +131,7 @@ def test_range_reads_only_the_range(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_value_is_read_whole_in_many_reads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "_READ_CAP_BYTES", 1000)
+    monkeypatch.setattr(files, "_READ_CAP_BYTES", 1000)
     store = LocalStore(folder)
     data = random.Random(1).randbytes(12_345)
     store.put("a", data)

@@ -21,6 +21,8 @@ RESAMPLES = 1000
 SEED = 0
 # KL of rounding to 16 bits is of this order: below it, curves compare noise.
 KL_FLOOR = 1e-9
+# Places at which two curves are compared point by point.
+GRID = 200
 
 
 class CurveError(InputError):
@@ -74,6 +76,8 @@ class BDRate:
 
     low, high: 95 % bootstrap interval over prompts. kl_range: common range, nats/token.
     resamples: bootstrap samples in which the curves still had a common range.
+    worst: the largest difference anywhere in the range, per cent; below 0, the first curve is
+        never above the peer's.
     """
 
     percent: float
@@ -81,6 +85,7 @@ class BDRate:
     high: float
     kl_range: tuple[float, float]
     resamples: int
+    worst: float
 
 
 def bd_rate(curve: Curve, peer: Curve, *, resamples: int = RESAMPLES, seed: int = SEED) -> BDRate:
@@ -92,7 +97,7 @@ def bd_rate(curve: Curve, peer: Curve, *, resamples: int = RESAMPLES, seed: int 
     count = curve.size.shape[1]
     if peer.size.shape[1] != count:
         raise ConfigError("prompts of the curves", got=peer.size.shape[1], expected=count)
-    percent, kl_range = _difference(curve, peer, None)
+    percent, kl_range, worst = _difference(curve, peer, None)
     rng = np.random.default_rng(seed)
     samples: list[float] = []
     for _ in range(resamples):
@@ -109,12 +114,13 @@ def bd_rate(curve: Curve, peer: Curve, *, resamples: int = RESAMPLES, seed: int 
             remedy="measure more operating points or more prompts",
         )
     low, high = np.percentile(samples, (2.5, 97.5)) if samples else (percent, percent)
-    return BDRate(percent, float(low), float(high), kl_range, len(samples))
+    return BDRate(percent, float(low), float(high), kl_range, len(samples), worst)
 
 
 def _difference(
     curve: Curve, peer: Curve, prompts: NDArray[np.int64] | None
-) -> tuple[float, tuple[float, float]]:
+) -> tuple[float, tuple[float, float], float]:
+    """Return the mean difference, the common range and, for all prompts, the largest one."""
     fronts = [(c.name, *c.front(prompts)) for c in (curve, peer)]
     for name, x, _ in fronts:
         if len(x) < 2:
@@ -134,9 +140,15 @@ def _difference(
             expected="ranges that overlap",
             remedy="measure operating points of similar quality",
         )
-    first, second = (Pchip.fit(x, y).integral(low, high) for _, x, y in fronts)
+    splines = [Pchip.fit(x, y) for _, x, y in fronts]
+    first, second = (spline.integral(low, high) for spline in splines)
     mean = (first - second) / (high - low)
-    return 100 * float(np.expm1(mean)), (float(np.exp(low)), float(np.exp(high)))
+    largest = mean
+    if prompts is None:
+        grid = np.linspace(low, high, GRID)
+        largest = float((splines[0](grid) - splines[1](grid)).max())
+    kl_range = float(np.exp(low)), float(np.exp(high))
+    return 100 * float(np.expm1(mean)), kl_range, 100 * float(np.expm1(largest))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ prompts for means, Wilson for accuracies, over all questions.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,14 @@ from numpy.typing import NDArray
 
 from cachegen.bench.baselines.base import Bill, Peer, Point, Prefix
 from cachegen.bench.baselines.families import Calibration, build, check_names
-from cachegen.bench.curves import Curve, CurveError, bd_rate
+from cachegen.bench.claims import claims
+from cachegen.bench.comparisons import bd_rates
 from cachegen.bench.quality import (
     Agreement,
-    answer_questions,
+    answers,
     compare,
     continuation,
+    mean_kl,
     wilson_interval,
 )
 from cachegen.bench.report import environment
@@ -44,15 +47,23 @@ Interval = tuple[float, float]
 class Measurement:
     """What one operating point did on every prompt.
 
-    bills, agreements: one per text. right: for each task, one entry per question of all prompts.
+    named: a level chosen by its name, beside the family's curve. chunk_tokens: None where the
+    whole prefix is coded at once. bills, agreements, distortions: one per text, the last where
+    objects state one. right: for each task, the questions of each prompt. task_bills, answer_kl:
+    one per prompt of all tasks; KL in nats at the answers, where the model needs single tokens.
     """
 
     family: str
     label: str
     calibration_bytes: int
+    named: bool = False
+    chunk_tokens: int | None = None
     bills: list[Bill] = field(default_factory=list)
     agreements: list[Agreement] = field(default_factory=list)
-    right: dict[str, list[bool]] = field(default_factory=dict)
+    distortions: list[float] = field(default_factory=list)
+    right: dict[str, list[list[bool]]] = field(default_factory=dict)
+    task_bills: list[Bill] = field(default_factory=list)
+    answer_kl: list[float] = field(default_factory=list)
 
 
 def run_evaluation(
@@ -69,8 +80,8 @@ def run_evaluation(
     """Measure families of operating points on a model; return JSON-able values.
 
     model_path: folder or name of a model. names: families, see ``baselines.families``; the first
-    one is compared with all others by BD-rate. text, calibration_text: default to
-    ``eval_text.txt`` and ``calibration_text.txt`` in the folder of the model.
+    one, at each of its settings, is compared with the others by BD-rate. text, calibration_text:
+    default to ``eval_text.txt`` and ``calibration_text.txt`` in the folder of the model.
     Raises: ConfigError for unknown names or unsuitable texts; whatever a peer raises.
     """
     check_names(names)
@@ -79,6 +90,7 @@ def run_evaluation(
     bundled = folder / "calibration_text.txt"
     fit_text = calibration_text or (bundled if bundled.is_file() else None)
     needs_importance = any(name.startswith("h2o") for name in names)
+    begin = time.process_time()
     progress("loading the model")
     model, tokenizer = load_model(model_path)
     work = load_workload(
@@ -95,7 +107,7 @@ def run_evaluation(
     peers = build(names, Calibration(work.contexts, profile), chunk_tokens=chunk_tokens)
     measurements = measure(model, work, peers, progress=progress)
     kv = work.texts[0].prefix.kv
-    return {
+    result = {
         "model": {
             "name": folder.name,
             "parameters": int(sum(parameter.numel() for parameter in model.parameters())),
@@ -114,8 +126,9 @@ def run_evaluation(
         "lossless_kl_nats": LOSSLESS_KL,
         **summarize_rows(measurements, work),
         "bd_rates": bd_rates(measurements),
-        **environment(),
     }
+    cpu_s = round(time.process_time() - begin)
+    return {**result, "claims": claims(result), "cpu_seconds": cpu_s, **environment()}
 
 
 def measure(
@@ -135,11 +148,15 @@ def measure(
                 other = continuation(model, point.decoded, case.token_ids, kept=point.kept)
                 result.bills.append(point.bill)
                 result.agreements.append(compare(case.reference, other))
+                result.distortions += [point.distortion] if point.distortion is not None else []
         for task, cases in work.measured_tasks.items():
             for task_case in cases:
                 for result, point in _each(peer, task_case.prefix, points):
-                    result.right.setdefault(task, []).extend(
-                        answer_questions(model, point.decoded, task_case.prompt, kept=point.kept)
+                    other_answers = answers(model, point.decoded, task_case.prompt, kept=point.kept)
+                    result.right.setdefault(task, []).append(other_answers.right)
+                    result.task_bills.append(point.bill)
+                    result.answer_kl.append(
+                        mean_kl(task_case.reference.log_probs, other_answers.log_probs)
                     )
         results += points
     return results
@@ -151,8 +168,11 @@ def _each(
     """Pair the points of a prefix with their measurements, which the first prefix creates."""
     points = peer.points(prefix)
     if not results:
-        size = peer.calibration_bytes
-        results += [Measurement(peer.family, point.label, size) for point in points]
+        size, chunk = peer.calibration_bytes, getattr(peer, "chunk_tokens", None)
+        results += [
+            Measurement(peer.family, point.label, size, named=point.named, chunk_tokens=chunk)
+            for point in points
+        ]
     if [point.label for point in points] != [result.label for result in results]:
         raise ConfigError(
             f"operating points of {peer.family}",
@@ -168,11 +188,12 @@ def summarize_rows(measurements: Sequence[Measurement], work: Workload) -> dict[
     Tasks that the uncompressed model cannot do have a score there, and none at the points.
     """
     uncompressed = {
-        task: _accuracy([right for case in cases for right in case.reference])
+        task: accuracy([case.reference.right for case in cases])
         for task, cases in work.tasks.items()
     }
     return {
         "uncompressed": uncompressed,
+        "unmeasured_tasks": sorted(set(work.tasks) - set(work.measured_tasks)),
         "rows": [_row(measurement, work, uncompressed) for measurement in measurements],
     }
 
@@ -187,16 +208,21 @@ def _row(
     total = np.array([bill.total_bytes for bill in measurement.bills])
     kl = np.array([agreement.kl_nats for agreement in measurement.agreements])
     top1 = np.array([agreement.top1 for agreement in measurement.agreements])
+    right = np.array([agreement.accuracy_ratio for agreement in measurement.agreements])
     log_ratio = np.log([agreement.perplexity_ratio for agreement in measurement.agreements])
+    answer_kl = np.array(measurement.answer_kl)
     per_value = 8 / sum(values)
-    tasks = {task: _accuracy(right) for task, right in measurement.right.items()}
+    tasks = {task: accuracy(asked) for task, asked in measurement.right.items()}
     covered = all(_within_noise(result, uncompressed[task]) for task, result in tasks.items())
     return {
         "family": measurement.family,
         "label": measurement.label,
+        "named": measurement.named,
+        "chunk_tokens": measurement.chunk_tokens,
         "billed_bits_per_value": per_value * bills.total_bytes,
         "payload_bits_per_value": per_value * bills.payload_bytes,
         "side_bits_per_value": per_value * bills.side_bytes,
+        "framing_bits_per_value": per_value * bills.framing_bytes,
         "exempt_bits_per_value": per_value * bills.exempt_bytes,
         "ratio_vs_16bit": sum(raw) / bills.total_bytes,
         "calibration_bytes": measurement.calibration_bytes,
@@ -204,53 +230,20 @@ def _row(
         "calibration_bits_per_value": 8 * measurement.calibration_bytes / values[0],
         "kl_nats": float(kl.mean()),
         "kl_interval": list(bootstrap_interval(kl)),
+        "answer_kl_nats": float(answer_kl.mean()) if len(answer_kl) else None,
+        "answer_kl_interval": list(bootstrap_interval(answer_kl)) if len(answer_kl) else None,
         "top1_agreement": float(top1.mean()),
         "top1_interval": list(bootstrap_interval(top1)),
+        "accuracy_ratio": float(right.mean()),
+        "accuracy_interval": list(bootstrap_interval(right)),
         "perplexity_ratio": float(np.exp(log_ratio.mean())),
         "perplexity_interval": [float(np.exp(edge)) for edge in bootstrap_interval(log_ratio)],
         "tasks": tasks,
+        "distortion": float(np.mean(measurement.distortions)) if measurement.distortions else None,
         "lossless_in_practice": bool(kl.mean() <= LOSSLESS_KL and covered),
         "bytes_by_text": total.tolist(),
         "kl_by_text": kl.tolist(),
     }
-
-
-def bd_rates(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
-    """Compare the first family with every other one.
-
-    Returns: for each peer the BD-rate in per cent with its interval, or why there is none.
-    """
-    curves = curves_of(measurements)
-    results: list[dict[str, Any]] = []
-    for peer in curves[1:]:
-        result: dict[str, Any] = {"curve": curves[0].name, "peer": peer.name}
-        try:
-            rate = bd_rate(curves[0], peer)
-            result |= {
-                "percent": rate.percent,
-                "interval": [rate.low, rate.high],
-                "kl_range_nats": list(rate.kl_range),
-                "resamples": rate.resamples,
-            }
-        except CurveError as error:
-            result |= {"percent": None, "reason": str(error)}
-        results.append(result)
-    return results
-
-
-def curves_of(measurements: Sequence[Measurement]) -> list[Curve]:
-    """Return the curve of each family, in the order of their first points."""
-    families: dict[str, list[Measurement]] = {}
-    for measurement in measurements:
-        families.setdefault(measurement.family, []).append(measurement)
-    return [
-        Curve(
-            name,
-            np.array([[bill.total_bytes for bill in point.bills] for point in points], np.float64),
-            np.array([[each.kl_nats for each in point.agreements] for point in points]),
-        )
-        for name, points in families.items()
-    ]
 
 
 def bootstrap_interval(
@@ -273,9 +266,18 @@ def _within_noise(score: dict[str, Any], uncompressed: dict[str, Any]) -> bool:
     return any(a["interval"][0] <= b["accuracy"] <= a["interval"][1] for a, b in pairs)
 
 
-def _accuracy(right: Sequence[bool]) -> dict[str, Any]:
+def accuracy(prompts: Sequence[Sequence[bool]]) -> dict[str, Any]:
+    """Score the questions of prompts, with the Wilson interval and one bootstrapped over prompts.
+
+    Questions of one prompt share its cache, so that the first takes them for more independent than
+    they are; the second has no width where all prompts score the same.
+    """
+    right = [answer for prompt in prompts for answer in prompt]
+    by_prompt = np.array([np.mean(prompt) for prompt in prompts if len(prompt)])
     return {
         "accuracy": sum(right) / len(right) if right else 0.0,
         "interval": list(wilson_interval(sum(right), len(right))),
+        "prompt_interval": list(bootstrap_interval(by_prompt)) if len(by_prompt) else [0.0, 1.0],
         "questions": len(right),
+        "prompts": len(prompts),
     }

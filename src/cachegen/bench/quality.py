@@ -37,9 +37,7 @@ class Continuation:
     @property
     def log_probs(self) -> Logits:
         """Log-probabilities in nats, (n, vocabulary)."""
-        shifted = self.logits - self.logits.max(axis=1, keepdims=True)
-        result: Logits = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-        return result
+        return log_softmax(self.logits)
 
     @property
     def nll(self) -> float:
@@ -53,11 +51,25 @@ class Agreement:
 
     kl_nats: mean KL divergence, nats/token. top1: share of tokens with the same most likely token.
     perplexity_ratio: perplexity divided by that of the uncompressed model.
+    accuracy_ratio: share of next tokens predicted right, divided by that of the uncompressed model.
     """
 
     kl_nats: float
     top1: float
     perplexity_ratio: float
+    accuracy_ratio: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model answers to the questions of one prompt.
+
+    right: for each question whether the generated token is the answer.
+    log_probs: (questions, vocabulary) float32 of the answer token, nats.
+    """
+
+    right: list[bool]
+    log_probs: Logits
 
 
 def continuation(
@@ -76,11 +88,24 @@ def continuation(
 
 def compare(reference: Continuation, other: Continuation) -> Agreement:
     """Compare a continuation with the uncompressed model's, token by token."""
-    p, q = reference.log_probs.astype(np.float64), other.log_probs.astype(np.float64)
-    kl = (np.exp(p) * (p - q)).sum(axis=1)
-    same = reference.logits.argmax(axis=1) == other.logits.argmax(axis=1)
+    kl = mean_kl(reference.log_probs, other.log_probs)
+    before, after = reference.logits.argmax(axis=1), other.logits.argmax(axis=1)
     ratio = np.exp(other.nll - reference.nll)
-    return Agreement(max(0.0, float(kl.mean())), float(same.mean()), float(ratio))
+    right = (after == reference.targets).mean() / max((before == reference.targets).mean(), 1e-9)
+    return Agreement(kl, float((before == after).mean()), float(ratio), float(right))
+
+
+def log_softmax(logits: Logits) -> Logits:
+    """Return log-probabilities in nats, (n, vocabulary)."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    result: Logits = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
+def mean_kl(reference: Logits, other: Logits) -> float:
+    """Return the mean KL divergence in nats of (n, vocabulary) log-probabilities."""
+    p, q = reference.astype(np.float64), other.astype(np.float64)
+    return max(0.0, float((np.exp(p) * (p - q)).sum(axis=1).mean()))
 
 
 def answer_questions(
@@ -88,21 +113,29 @@ def answer_questions(
 ) -> list[bool]:
     """Ask every question after the decoded prefix; the model generates its one-token answer.
 
+    Arguments as for ``answers``. Returns: for each question whether the token is the answer.
+    """
+    return answers(model, kv, prompt, kept=kept).right
+
+
+def answers(
+    model: Any, kv: KVChunk, prompt: RetrievalPrompt, *, kept: Kept | None = None
+) -> Answers:
+    """Ask every question after the decoded prefix; the model generates its one-token answer.
+
     kv: the first n tokens of the prompt; the model reads the rest itself. Greedy.
     kept: as for ``continuation``.
-    Returns: for each question whether the generated token is the answer.
     """
     rest = prompt.prefix_ids[kv.tokens :]
     cache = inject(model, kv)
-    right: list[bool] = []
+    rows: list[Logits] = []
     for begin in range(0, len(prompt.questions), QUESTION_BATCH):
         batch = prompt.questions[begin : begin + QUESTION_BATCH]
         logits = _forward(model, cache, [[*rest, *question.ids] for question in batch], kept)
-        answers = logits[:, -1].argmax(dim=-1).tolist()
-        right += [
-            answer == question.answer for answer, question in zip(answers, batch, strict=True)
-        ]
-    return right
+        rows.append(np.asarray(logits[:, -1].float().cpu().numpy(), np.float32))
+    every = np.concatenate(rows)
+    asked = zip(every.argmax(axis=1).tolist(), prompt.questions, strict=True)
+    return Answers([token == question.answer for token, question in asked], log_softmax(every))
 
 
 @torch.no_grad()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from cachegen.bench.report import format_cell, load_pyplot, save_figure
+from cachegen.chunk import DEFAULT_CHUNK_TOKENS
 
 # Column of the table: key of a row, heading, format.
 COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -18,7 +21,9 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("ratio_vs_16bit", "ratio", ".2f"),
     ("kl_nats", "KL nats", ".2e"),
     ("kl_interval", "KL 95 %", ""),
+    ("answer_kl_nats", "at answers", ".2e"),
     ("top1_agreement", "top-1", ".4f"),
+    ("accuracy_ratio", "right ratio", ".4f"),
     ("perplexity_ratio", "ppl ratio", ".4f"),
 )
 _COLOURS = (
@@ -47,11 +52,14 @@ def print_evaluation(result: dict[str, Any], console: Console) -> None:
     if plain:
         console.print(f"uncompressed: {plain}", highlight=False)
     if result["bd_rates"]:
-        grid = [["curve", "against", "BD-rate %", "95 %"]]
+        grid = [["curve", "against", "KL", "BD-rate %", "95 %", "worst %"]]
         for rate in result["bd_rates"]:
             shown = format_cell(rate["percent"], "+.1f")
             interval = _cell(rate["interval"], "+.1f") if "interval" in rate else rate["reason"]
-            grid.append([rate["curve"], rate["peer"], shown, interval])
+            worst = format_cell(rate.get("worst_percent"), "+.1f")
+            grid.append(
+                [rate["curve"], rate["peer"], rate["quality"], shown, interval, worst],
+            )
         _print_grid(grid, "bytes at equal KL", console)
 
 
@@ -77,42 +85,69 @@ def _print_grid(grid: list[list[str]], title: str, console: Console) -> None:
 def plot_evaluation(result: dict[str, Any], path: Path) -> None:
     """Draw KL against billed bits/value, both logarithmic, a line for each family.
 
-    Error bars are the intervals of KL. Raises: ConfigError without matplotlib or for a bad path.
+    Left on text, right at the answers of tasks. Error bars are intervals, stars named levels. Of
+    several chunk sizes 256 is drawn, or the first. Raises: ConfigError without matplotlib or for a
+    bad path.
     """
     pyplot = load_pyplot()
+    sizes = [row["chunk_tokens"] for row in result["rows"] if "@" in row["family"]]
+    size = DEFAULT_CHUNK_TOKENS if DEFAULT_CHUNK_TOKENS in sizes else next(iter(sizes), None)
     families: dict[str, list[dict[str, Any]]] = {}
     for row in result["rows"]:
-        families.setdefault(row["family"], []).append(row)
-    figure, axes = pyplot.subplots(figsize=(10, 6.5))
-    for index, (family, rows) in enumerate(families.items()):
-        rows = sorted(rows, key=lambda row: float(row["billed_bits_per_value"]))
-        kl = [max(row["kl_nats"], _KL_FLOOR) for row in rows]
-        edges = [[max(edge, _KL_FLOOR) for edge in row["kl_interval"]] for row in rows]
-        below = [max(mean - low, 0) for mean, (low, _) in zip(kl, edges, strict=True)]
-        above = [max(high - mean, 0) for mean, (_, high) in zip(kl, edges, strict=True)]
-        axes.errorbar(
-            [row["billed_bits_per_value"] for row in rows],
-            kl,
-            yerr=[below, above],
-            label=family,
-            color=_COLOURS[index % len(_COLOURS)],
-            marker=_MARKERS[index // 3 % len(_MARKERS)],
-            linestyle="-" if index < len(_COLOURS) else "--",
-            linewidth=2.5 if index == 0 else 1.3,
-            markersize=5,
-            capsize=2,
-            elinewidth=0.8,
-        )
-    axes.axhline(result["lossless_kl_nats"], color="#bbbbbb", linewidth=0.8, linestyle=":")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("billed bits per value")
-    axes.set_ylabel("KL to the uncompressed model, nats/token")
-    axes.set_title(
+        other = "@" in row["family"] and row["chunk_tokens"] != size
+        if not other and not row["family"].startswith("h2o+"):
+            families.setdefault(row["family"].partition("@")[0], []).append(row)
+    tasks = any(row["answer_kl_nats"] is not None for row in result["rows"])
+    panels = [("kl", "on text")] + ([("answer_kl", "at answers")] if tasks else [])
+    figure, drawn = pyplot.subplots(1, len(panels), figsize=(6 + 5 * len(panels), 6.5))
+    for (key, title), axes in zip(panels, np.atleast_1d(drawn), strict=True):
+        for index, (family, rows) in enumerate(families.items()):
+            _draw_family(axes, rows, key, index, family)
+        axes.axhline(result["lossless_kl_nats"], color="#bbbbbb", linewidth=0.8, linestyle=":")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel("billed bits per value")
+        axes.set_ylabel(f"KL to the uncompressed model {title}, nats/token")
+        axes.grid(True, which="major", color="#eeeeee")
+    axes.legend(fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(
         f"{result['model']['name']}: {result['texts']} prefixes of {result['prefix_tokens']} "
         "tokens, down and left is better"
     )
-    axes.grid(True, which="major", color="#eeeeee")
-    axes.legend(fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save_figure(figure, path)
+
+
+def _draw_family(
+    axes: Any, rows: Sequence[dict[str, Any]], key: str, index: int, family: str
+) -> None:
+    """Draw one family's curve with error bars, and its named levels as stars."""
+    rows = sorted(rows, key=lambda row: float(row["billed_bits_per_value"]))
+    colour = _COLOURS[index % len(_COLOURS)]
+    curve = [row for row in rows if not row["named"]]
+    named = [row for row in rows if row["named"]]
+    kl = [max(row[f"{key}_nats"], _KL_FLOOR) for row in curve]
+    edges = [[max(edge, _KL_FLOOR) for edge in row[f"{key}_interval"]] for row in curve]
+    below = [max(mean - low, 0) for mean, (low, _) in zip(kl, edges, strict=True)]
+    above = [max(high - mean, 0) for mean, (_, high) in zip(kl, edges, strict=True)]
+    axes.errorbar(
+        [row["billed_bits_per_value"] for row in curve],
+        kl,
+        yerr=[below, above],
+        label=family,
+        color=colour,
+        marker=_MARKERS[index // 3 % len(_MARKERS)],
+        linestyle="-" if index < len(_COLOURS) else "--",
+        linewidth=2.5 if index == 0 else 1.3,
+        markersize=5,
+        capsize=2,
+        elinewidth=0.8,
+    )
+    axes.plot(
+        [row["billed_bits_per_value"] for row in named],
+        [max(row[f"{key}_nats"], _KL_FLOOR) for row in named],
+        "*",
+        color=colour,
+        markersize=13,
+        markeredgecolor="white",
+    )

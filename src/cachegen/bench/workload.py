@@ -14,7 +14,7 @@ import numpy as np
 
 from cachegen.bench.baselines.base import Prefix
 from cachegen.bench.baselines.h2o import accumulated_attention
-from cachegen.bench.quality import Continuation, answer_questions, continuation
+from cachegen.bench.quality import Answers, Continuation, answers, continuation
 from cachegen.bench.retrieval import RetrievalPrompt, RetrievalTask, Vocabulary
 from cachegen.chunk import KVChunk
 from cachegen.errors import ConfigError
@@ -66,11 +66,11 @@ class TextCase:
 
 @dataclass(frozen=True, eq=False)
 class TaskCase:
-    """A prompt of a task. reference: which answers the uncompressed model gets right."""
+    """A prompt of a task. reference: the answers of the uncompressed model."""
 
     prompt: RetrievalPrompt
     prefix: Prefix
-    reference: list[bool]
+    reference: Answers
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ class Workload:
         return {
             name: cases
             for name, cases in self.tasks.items()
-            if np.mean([right for case in cases for right in case.reference]) >= MIN_ACCURACY
+            if np.mean([right for case in cases for right in case.reference.right]) >= MIN_ACCURACY
         }
 
 
@@ -163,7 +163,7 @@ def capture_task(
     cases = []
     for prompt in prompts:
         kv, prefix = _captured(model, prompt.prefix_ids, prefix_tokens, needs_importance)
-        cases.append(TaskCase(prompt, prefix, answer_questions(model, kv, prompt)))
+        cases.append(TaskCase(prompt, prefix, answers(model, kv, prompt)))
     return tuple(cases)
 
 

@@ -40,7 +40,8 @@ _OFFSETS = range(-12, 13)
 
 
 @functools.cache
-def _coarse_tables() -> native.Tables:
+def coarse_tables() -> native.Tables:
+    """Return the frozen tables of pass 0, row family * 88 + row."""
     freqs = coarse_freqs().reshape(-1, 32)
     return native.Tables(freqs, _escapes(freqs))
 
@@ -53,7 +54,8 @@ def _escapes(freqs: NDArray[np.uint16]) -> NDArray[np.uint8]:
 
 
 @functools.cache
-def _refine_tables() -> native.Tables:
+def refine_tables() -> native.Tables:
+    """Return the frozen tables of later passes, row 2 * (family * 88 + row) + context."""
     return native.Tables(np.ascontiguousarray(refine_freqs().reshape(-1, 3)), None)
 
 
@@ -150,7 +152,7 @@ def write(
     symbols = (2 * np.abs(value) - (value < 0)).astype(np.uint8)
     rows = family.astype(np.int64) * ROWS + row_of(scale, ladder.passes - 1)
     body = native.encode_segment(
-        symbols, rows.astype(np.uint16), _coarse_tables(), stream_steps=STREAM_STEPS
+        symbols, rows.astype(np.uint16), coarse_tables(), stream_steps=STREAM_STEPS
     )
     if len(body) < symbols.size:
         segments = [SegmentBody(group, 0, RANS, body, distortions[0])]
@@ -161,7 +163,7 @@ def write(
         body = native.encode_segment(
             digits,
             (2 * rows).astype(np.uint16),
-            _refine_tables(),
+            refine_tables(),
             contexts=contexts(ladder, index),
             stream_steps=STREAM_STEPS,
         )
@@ -187,7 +189,7 @@ def read(
         if index == 0:
             if segment.kind == RANS:
                 symbols = native.decode_segment(
-                    body, *shape, rows.astype(np.uint16), _coarse_tables()
+                    body, *shape, rows.astype(np.uint16), coarse_tables()
                 )
             elif segment.kind == BYTES:
                 symbols = unpack_bytes(body, shape)
@@ -200,7 +202,7 @@ def read(
                 body,
                 *shape,
                 (2 * rows).astype(np.uint16),
-                _refine_tables(),
+                refine_tables(),
                 contexts=contexts(ladder, index),
             )
         elif segment.kind == PACKED and segment.bits == DIGIT_BITS:

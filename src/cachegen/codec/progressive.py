@@ -27,10 +27,12 @@ from cachegen.codec.basis import (
     planes_of_group,
 )
 from cachegen.codec.container import SIDE, write_object
+from cachegen.codec.fused import decode_plain
 from cachegen.codec.header import Group, Header, SegmentBody, plane_groups
 from cachegen.codec.reader import ObjectReader
 from cachegen.codec.rotary import rotate
 from cachegen.codec.side import GroupSide
+from cachegen.codec.target import Target
 from cachegen.errors import ConfigError, CorruptError, NonFiniteError, ProfileError
 from cachegen.profile import Profile, require_profile
 from cachegen.types import Array, ChunkKey, KVDtype
@@ -156,6 +158,9 @@ class ProgressiveCodec(Codec):
         if basis.groups != header.groups:
             raise CorruptError("groups", got="others than the basis", expected="those of the basis")
         chunk = empty_chunk(header)
+        if header.profile is None:
+            decode_plain(reader, Target(header, chunk), step=step, value_weight=value_weight)
+            return chunk
         for index, (group, statistics) in enumerate(_pairs(basis)):
             held = chunk.layers[group.layer]
             tokens = held.tokens

@@ -17,23 +17,10 @@ from cachegen.native._checks import (
     Symbols,
     stream_count,
 )
+from cachegen.native._tables import Tables
+from cachegen.native.fused import GroupSource, PlaneTarget, decode_groups
 
 _BITS = {2: np.uint16, 4: np.uint32}
-
-
-class Tables:
-    """The models of a segment as alias tables, ready to code.
-
-    freqs: (N, A) uint16, each row summing to 4096, 2 <= A <= 32. escapes: (N,) uint8 with the
-    escape index of each model or 255 for none, or None if no model has one.
-    Raises: CorruptError if the numbers are wrong (they may come from an object), GeometryError if
-    the arrays are.
-    """
-
-    def __init__(self, freqs: Models, escapes: Symbols | None = None) -> None:
-        self.freqs, self.escapes = _checks.check_tables(freqs, escapes)
-        self.count, self.alphabet = self.freqs.shape
-        self._core = _core.Tables(self.freqs, self.escapes)
 
 
 def encode_segment(
@@ -167,9 +154,12 @@ def select_isa(name: str) -> None:
 
 
 __all__ = [
+    "GroupSource",
+    "PlaneTarget",
     "StreamLayout",
     "Tables",
     "available_isas",
+    "decode_groups",
     "decode_segment",
     "dequantize",
     "encode_segment",

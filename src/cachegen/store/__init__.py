@@ -1,6 +1,19 @@
 """Where chunks are kept: one interface (base.py), one file per kind of store."""
 
-from cachegen.store.base import BytesLike, ListingStore, Store, StreamingStore
+from cachegen.store.base import (
+    BytesLike,
+    CatalogStore,
+    CountingStore,
+    CreatingStore,
+    Entry,
+    ListingStore,
+    RangesStore,
+    Store,
+    StreamingStore,
+    carry_deadline,
+    deadline,
+    remaining_s,
+)
 from cachegen.store.keys import chain_digests, chunk_keys, namespace_digest
 from cachegen.store.limit import RateLimitedStore, parse_bandwidth
 from cachegen.store.local import LocalStore
@@ -9,16 +22,24 @@ from cachegen.store.open import open_store, parse_size
 
 __all__ = [
     "BytesLike",
+    "CatalogStore",
+    "CountingStore",
+    "CreatingStore",
+    "Entry",
     "ListingStore",
     "LocalStore",
     "MemoryStore",
+    "RangesStore",
     "RateLimitedStore",
     "Store",
     "StreamingStore",
+    "carry_deadline",
     "chain_digests",
     "chunk_keys",
+    "deadline",
     "namespace_digest",
     "open_store",
     "parse_bandwidth",
     "parse_size",
+    "remaining_s",
 ]

@@ -11,17 +11,45 @@ each of them by ``tests/store/test_contract.py``:
 - a failure of the store is a ``StoreError``, a wrong argument a ``ConfigError``.
 
 Calls are synchronous and overlap through threads (docs/decisions/0001). A store that reaches
-over a network takes ``timeout_s`` when it is built, bounds every call by it, and raises
-``StoreError`` when the time is up; a call that is late is never reported as a miss.
+over a network takes ``timeout_s`` when it is built and bounds every call by it, and by the
+``deadline`` of the caller if that is earlier; it raises ``StoreTimeoutError`` when the time is
+up. A call that is late is never reported as a miss.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from cachegen.errors import ConfigError
+from cachegen.store.clock import carry_deadline, check_deadline, deadline, remaining_s
+
+__all__ = [
+    "MAX_NAME_LENGTH",
+    "BytesLike",
+    "CatalogStore",
+    "CountingStore",
+    "CreatingStore",
+    "Entry",
+    "ListingStore",
+    "PartsStore",
+    "RangesStore",
+    "Store",
+    "StreamingStore",
+    "carry_deadline",
+    "check_deadline",
+    "check_name",
+    "check_names",
+    "check_quota",
+    "check_range",
+    "check_stream",
+    "deadline",
+    "lacks",
+    "remaining_s",
+    "view_bytes",
+]
 
 BytesLike: TypeAlias = "bytes | bytearray | memoryview"
 
@@ -92,6 +120,30 @@ class ListingStore(Store, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What a listing says of one value.
+
+    used_s: Unix time of the last use if the store keeps it, else of the last change.
+    """
+
+    name: str
+    size_bytes: int
+    used_s: float
+
+
+@runtime_checkable
+class CatalogStore(ListingStore, Protocol):
+    """A store that can say how large and how old its values are."""
+
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        """List the values whose names begin with prefix, in no order, as names does.
+
+        Raises: StoreError.
+        """
+        ...
+
+
 @runtime_checkable
 class StreamingStore(Store, Protocol):
     """A store that delivers a value progressively, as the bytes arrive."""
@@ -107,6 +159,54 @@ class StreamingStore(Store, Protocol):
         Raises: ConfigError as get_range does and unless slice_bytes >= 1; StoreError, here
             or from the iterator.
         """
+        ...
+
+
+@runtime_checkable
+class CreatingStore(Store, Protocol):
+    """A store that can create a value without ever replacing one."""
+
+    def put_if_absent(self, name: str, data: BytesLike) -> bool:
+        """Store data under name unless there is a value already; atomic among all writers.
+
+        Returns: True if this call created the value, False if there was one.
+        Raises: as put; after a StoreError it is not known who created the value, if anyone.
+        """
+        ...
+
+
+@runtime_checkable
+class RangesStore(Store, Protocol):
+    """A store that reads several ranges of a value for the price of about one."""
+
+    def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes] | None:
+        """Read ranges [begin, end) of one version of a value.
+
+        Returns: for each range what get_range returns; None if there is no such name.
+        Raises: ConfigError as get_range does, StoreError.
+        """
+        ...
+
+
+@runtime_checkable
+class PartsStore(Store, Protocol):
+    """A store that takes a value in parts, while the rest is still being made."""
+
+    def put_stream(self, name: str, parts: Iterable[BytesLike]) -> int:
+        """Store the joined parts under name; readers see nothing of them before the last.
+
+        Returns: the bytes stored.
+        Raises: as put; what iterating over parts raises, and then the old value is there.
+        """
+        ...
+
+
+@runtime_checkable
+class CountingStore(Store, Protocol):
+    """A store that counts what happened to it."""
+
+    def stats(self) -> dict[str, int]:
+        """Return counters since it was built, such as ``{"calls": 3, "failures.timeout": 1}``."""
         ...
 
 
@@ -147,6 +247,13 @@ def check_range(begin: int, end: int) -> None:
         raise ConfigError("byte range", got=(begin, end), expected="0 <= begin <= end")
 
 
+def check_stream(slice_bytes: int, begin: int, end: int | None) -> None:
+    """Check the options of get_stream. Raises: ConfigError."""
+    if slice_bytes < 1:
+        raise ConfigError("slice size in bytes", got=slice_bytes, expected="1 or more")
+    check_range(begin, begin if end is None else end)
+
+
 def check_quota(quota_bytes: int | None) -> int | None:
     """Return a quota in bytes, or None for none. Raises: ConfigError unless it is positive."""
     if quota_bytes is not None and quota_bytes < 1:
@@ -154,6 +261,11 @@ def check_quota(quota_bytes: int | None) -> int | None:
             "quota in bytes", got=quota_bytes, expected="at least 1, or None for no quota"
         )
     return quota_bytes
+
+
+def lacks(store: object, ability: str) -> ConfigError:
+    """Make the error of a wrapper around a store that cannot do what is asked."""
+    return ConfigError("store", got=f"{type(store).__name__}", expected=f"one that can {ability}")
 
 
 def view_bytes(data: BytesLike) -> memoryview:

@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cachegen.errors import ConfigError, StoreError
+from cachegen.errors import ConfigError, StoreTimeoutError
+from cachegen.store.clock import remaining_s
 
 MARKER = "cachegen-store"
 _HEADER = b"cachegen store 1\n"
@@ -52,7 +53,7 @@ class Ledger:
 def lock_ledger(folder: str) -> Iterator[Ledger]:
     """Hold the lock of the store in folder against all other threads and processes.
 
-    Raises: StoreError if it stays taken for 30 s, OSError.
+    Raises: StoreTimeoutError if it stays taken for 30 s or until the deadline, OSError.
     """
     # Opened anew each time: then the lock excludes other threads, and a fork shares none.
     marker = os.path.join(folder, MARKER)
@@ -101,16 +102,18 @@ def check_layout(folder: str) -> bool:
 
 
 def _wait_lock(fd: int, marker: str) -> None:
-    give_up = time.monotonic() + _LOCK_TIMEOUT_S
+    allowed_s = remaining_s()
+    allowed_s = _LOCK_TIMEOUT_S if allowed_s is None else min(allowed_s, _LOCK_TIMEOUT_S)
+    give_up = time.monotonic() + allowed_s
     pause_s = 0.0002
     while True:
         try:
             return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > give_up:
-                raise StoreError(
+                raise StoreTimeoutError(
                     "lock of the store",
-                    got=f"{marker} held by another process for {_LOCK_TIMEOUT_S:g} s",
+                    got=f"{marker} held by another process for {allowed_s:g} s",
                     expected="milliseconds",
                     remedy="look for a stopped process that uses this store",
                 ) from None

@@ -9,7 +9,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from cachegen.errors import ConfigError
-from cachegen.store.base import BytesLike, Store, check_range, view_bytes
+from cachegen.store.base import (
+    BytesLike,
+    CreatingStore,
+    Store,
+    check_range,
+    check_stream,
+    lacks,
+    view_bytes,
+)
 
 # Slices of this many seconds: far above what a sleep overshoots by, short enough to share fairly.
 _SLICE_S = 0.01
@@ -75,6 +83,15 @@ class RateLimitedStore:
             self._transfer(view_bytes(data).nbytes)
         self.inner.put(name, data)
 
+    def put_if_absent(self, name: str, data: BytesLike) -> bool:
+        """Store data unless name is taken, as put does. Raises: ConfigError, as inner."""
+        if not isinstance(self.inner, CreatingStore):
+            raise lacks(self.inner, "create without replacing")
+        if self.limit_writes:
+            self._wait_latency()
+            self._transfer(view_bytes(data).nbytes)
+        return self.inner.put_if_absent(name, data)
+
     def get(self, name: str) -> bytes | None:
         """Read a value whole, at the rate of the link. Raises: as inner."""
         self._wait_latency()
@@ -100,10 +117,7 @@ class RateLimitedStore:
         Returns: views of slice_bytes each but for the last; None if there is no such name.
         Raises: ConfigError unless slice_bytes >= 1 and 0 <= begin <= end; as inner.
         """
-        if slice_bytes < 1:
-            raise ConfigError("slice size in bytes", got=slice_bytes, expected="1 or more")
-        if end is not None or begin:
-            check_range(begin, begin if end is None else end)
+        check_stream(slice_bytes, begin, end)
         self._wait_latency()
         if end is None:
             data = self.inner.get(name)

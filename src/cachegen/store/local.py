@@ -20,25 +20,35 @@ Invariants:
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import heapq
 import os
 import re
-import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from cachegen.errors import ConfigError, StoreError, StoreFullError, StoreReadOnlyError
+from cachegen.errors import ConfigError, StoreFullError
 from cachegen.store.base import (
     BytesLike,
+    Entry,
     check_name,
     check_names,
     check_quota,
     check_range,
     view_bytes,
+)
+from cachegen.store.files import (
+    GONE,
+    NOT_WRITABLE,
+    modified_ns,
+    named_errors,
+    read_at,
+    size_of,
+    sync_folder,
+    touch,
+    write,
 )
 from cachegen.store.ledger import Ledger, check_layout, lock_ledger
 
@@ -46,13 +56,6 @@ _PARTIAL_NAME = re.compile(r"[0-9]+-[0-9a-f]{16}\.part")
 
 # A scan remembers this many of the oldest values: memory stays bounded in a store of millions.
 _QUEUE_LENGTH = 4096
-_READ_CAP_BYTES = 1 << 30
-
-_GONE = frozenset({errno.ENOENT, errno.ESTALE})
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_DENIED = frozenset({errno.EACCES, errno.EPERM})
-_NOT_WRITABLE = _DENIED | {errno.EROFS}
-_WRITING = frozenset({"open", "put", "delete"})
 
 
 class LocalStore:
@@ -82,33 +85,29 @@ class LocalStore:
         Raises: ConfigError; StoreFullError if data is beyond the quota or the disk is full;
             StoreReadOnlyError; StoreError. Then the old value or the new one is there, whole.
         """
+        self._put(name, data, replace=True)
+
+    def put_if_absent(self, name: str, data: BytesLike) -> bool:
+        """Store data unless name is taken; atomic among all processes that share the folder.
+
+        Returns: True if this call created the value, which then is on the disk.
+        Raises: as put.
+        """
         check_name(name)
-        view = view_bytes(data)
-        if self.quota_bytes is not None and view.nbytes > self.quota_bytes:
-            raise StoreFullError(
-                "size of an object in bytes",
-                got=view.nbytes,
-                expected=f"at most the quota of {self.quota_bytes}",
-                remedy="raise quota_bytes or store smaller chunks",
-            )
-        with self._named("put"):
-            partial, fd = self._create_partial()
-            try:
-                _write(fd, view)
-                _touch(fd)
-                os.fsync(fd)
-                file = self._file_of(name)
-                self._make_shard(os.path.dirname(file))
-                with self._locked() as ledger:
-                    self._commit(ledger, partial, file, view.nbytes)
-            except BaseException:
-                # The first error is the one to report; what stays behind is swept when opened.
-                with suppress(OSError):
-                    os.unlink(partial)
-                raise
-            finally:
-                os.close(fd)
-            _sync_folder(os.path.dirname(file))
+        with named_errors(self.path, "put"):
+            # Saves writing what would be thrown away; _commit asks again under the lock.
+            if size_of(self._file_of(name)) is not None:
+                view_bytes(data)
+                return False
+        return self._put(name, data, replace=False)
+
+    def put_stream(self, name: str, parts: Iterable[BytesLike]) -> int:
+        """Store the joined parts under name, writing each as it comes.
+
+        Returns: the bytes stored. Raises: as put, and what parts raise.
+        """
+        check_name(name)
+        return self._put_parts(name, parts, replace=True)[0]
 
     def get(self, name: str) -> bytes | None:
         """Read a value whole; counts as a use.
@@ -117,7 +116,8 @@ class LocalStore:
         Raises: ConfigError, StoreError.
         """
         check_name(name)
-        return self._read(name, 0, None)
+        parts = self._read(name, None)
+        return None if parts is None else parts[0]
 
     def get_range(self, name: str, begin: int, end: int) -> bytes | None:
         """Read the bytes [begin, end), or those of them that exist; counts as a use.
@@ -125,15 +125,25 @@ class LocalStore:
         Returns: the bytes, b"" beyond the end, or None if there is no such name.
         Raises: ConfigError, StoreError.
         """
+        parts = self.get_ranges(name, [(begin, end)])
+        return None if parts is None else parts[0]
+
+    def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes] | None:
+        """Read several ranges of one version of a value; counts as a use.
+
+        Returns: for each range what get_range returns; None if there is no such name.
+        Raises: ConfigError, StoreError.
+        """
         check_name(name)
-        check_range(begin, end)
-        return self._read(name, begin, end)
+        for begin, end in ranges:
+            check_range(begin, end)
+        return self._read(name, ranges)
 
     def exists(self, names: Sequence[str]) -> list[bool]:
         """Look up many names at once. Returns: one bool per name. Raises: as get."""
         check_names(names)
-        with self._named("look up"):
-            return [_size_of(self._file_of(name)) is not None for name in names]
+        with named_errors(self.path, "look up"):
+            return [size_of(self._file_of(name)) is not None for name in names]
 
     def delete(self, name: str) -> None:
         """Delete a value; a missing name is no error.
@@ -141,28 +151,36 @@ class LocalStore:
         Raises: ConfigError, StoreReadOnlyError, StoreError.
         """
         check_name(name)
-        with self._named("delete"):
+        with named_errors(self.path, "delete"):
             file = self._file_of(name)
-            if _size_of(file) is not None:
+            if size_of(file) is not None:
                 with self._locked() as ledger:
                     _remove(ledger, file)
-                _sync_folder(os.path.dirname(file))
+                sync_folder(os.path.dirname(file))
 
     def names(self) -> Iterator[str]:
         """List the names held, in no order. Raises: StoreError."""
-        with self._named("list"):
+        with named_errors(self.path, "list"):
             for _, _, file in self._scan():
                 yield os.path.basename(file).replace("+", "/")
 
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        """List the values whose names begin with prefix, in no order. Raises: StoreError."""
+        with named_errors(self.path, "list"):
+            for used_ns, size_bytes, file in self._scan():
+                name = os.path.basename(file).replace("+", "/")
+                if name.startswith(prefix):
+                    yield Entry(name, size_bytes, used_ns / 1e9)
+
     def used_bytes(self) -> int:
         """Return the bytes of all values held, by a scan. Raises: StoreError."""
-        with self._named("list"):
+        with named_errors(self.path, "list"):
             return sum(size for _, size, _ in self._scan())
 
     # -- opening ------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        with self._named("open"):
+        with named_errors(self.path, "open"):
             try:
                 os.makedirs(self.path, exist_ok=True)
             except (FileExistsError, NotADirectoryError) as error:
@@ -175,13 +193,13 @@ class LocalStore:
                     os.makedirs(self._objects, exist_ok=True)
                     os.makedirs(self._partial, exist_ok=True)
                     if not is_store:
-                        _sync_folder(self.path)
+                        sync_folder(self.path)
                     self._sweep()
                     if self.quota_bytes is not None:
                         self._rescan(ledger)
                         self._make_room(ledger, 0, self.quota_bytes)
             except OSError as error:
-                if not (is_store and error.errno in _NOT_WRITABLE):
+                if not (is_store and error.errno in NOT_WRITABLE):
                     raise
                 # A store that this user may only read: puts will say so.
 
@@ -212,6 +230,54 @@ class LocalStore:
                 ledger.sync()
             yield ledger
 
+    def _put(self, name: str, data: BytesLike, *, replace: bool) -> bool:
+        check_name(name)
+        view = view_bytes(data)
+        self._check_size(view.nbytes)
+        return self._put_parts(name, (view,), replace=replace)[1]
+
+    def _put_parts(
+        self, name: str, parts: Iterable[BytesLike], *, replace: bool
+    ) -> tuple[int, bool]:
+        size_bytes = 0
+        with named_errors(self.path, "put"):
+            partial, fd = self._create_partial()
+        try:
+            for part in parts:
+                view = view_bytes(part)
+                size_bytes += view.nbytes
+                self._check_size(size_bytes)
+                with named_errors(self.path, "put"):
+                    write(fd, view)
+            with named_errors(self.path, "put"):
+                touch(fd)
+                os.fsync(fd)
+                file = self._file_of(name)
+                self._make_shard(os.path.dirname(file))
+                with self._locked() as ledger:
+                    created = self._commit(ledger, partial, file, size_bytes, replace=replace)
+        except BaseException:
+            # The first error is the one to report; what stays behind is swept when opened.
+            with suppress(OSError):
+                os.unlink(partial)
+            raise
+        finally:
+            with named_errors(self.path, "put"):
+                os.close(fd)
+        if created:
+            with named_errors(self.path, "put"):
+                sync_folder(os.path.dirname(file))
+        return size_bytes, created
+
+    def _check_size(self, size_bytes: int) -> None:
+        if self.quota_bytes is not None and size_bytes > self.quota_bytes:
+            raise StoreFullError(
+                "size of an object in bytes",
+                got=size_bytes,
+                expected=f"at most the quota of {self.quota_bytes}",
+                remedy="raise quota_bytes or store smaller chunks",
+            )
+
     def _create_partial(self) -> tuple[str, int]:
         partial = os.path.join(self._partial, f"{os.getpid()}-{os.urandom(8).hex()}.part")
         fd = -1
@@ -231,10 +297,16 @@ class LocalStore:
     def _make_shard(self, shard: str) -> None:
         with suppress(FileExistsError):
             os.mkdir(shard)
-            _sync_folder(self._objects)
+            sync_folder(self._objects)
 
-    def _commit(self, ledger: Ledger, partial: str, file: str, size_bytes: int) -> None:
-        replaced = _size_of(file) or 0
+    def _commit(
+        self, ledger: Ledger, partial: str, file: str, size_bytes: int, *, replace: bool
+    ) -> bool:
+        replaced = size_of(file)
+        if replaced is not None and not replace:
+            os.unlink(partial)
+            return False
+        replaced = replaced or 0
         if self.quota_bytes is not None:
             self._make_room(ledger, size_bytes - replaced, self.quota_bytes, keep=file)
         ledger.add(size_bytes)
@@ -244,6 +316,7 @@ class LocalStore:
             ledger.add(-size_bytes)
             raise
         ledger.add(-replaced)
+        return True
 
     def _make_room(
         self, ledger: Ledger, growth_bytes: int, quota_bytes: int, *, keep: str | None = None
@@ -269,7 +342,7 @@ class LocalStore:
                 return
             used_ns, file = self._queue.popleft()
             # Just scanned, it goes even if read since: readers must not stop an eviction.
-            if file != keep and (is_fresh or _modified_ns(file) == used_ns):
+            if file != keep and (is_fresh or modified_ns(file) == used_ns):
                 _remove(ledger, file)
 
     def _rescan(self, ledger: Ledger, *, keep: str | None = None) -> None:
@@ -298,25 +371,28 @@ class LocalStore:
 
     # -- reading ------------------------------------------------------------------------------
 
-    def _read(self, name: str, begin: int, end: int | None) -> bytes | None:
-        with self._named("get"):
+    def _read(self, name: str, ranges: Sequence[tuple[int, int]] | None) -> list[bytes] | None:
+        with named_errors(self.path, "get"):
             try:
                 fd = os.open(self._file_of(name), os.O_RDONLY)
                 try:
                     # From here on the file cannot change: values are replaced, never rewritten.
                     size = os.fstat(fd).st_size
-                    data = _read_at(fd, begin, size if end is None else min(end, size))
+                    parts = [
+                        read_at(fd, begin, min(end, size))
+                        for begin, end in ([(0, size)] if ranges is None else ranges)
+                    ]
                     try:
-                        _touch(fd)
+                        touch(fd)
                     except OSError as error:
                         # One who may only read leaves no trace of the use.
-                        if error.errno not in _NOT_WRITABLE:
+                        if error.errno not in NOT_WRITABLE:
                             raise
-                    return data
+                    return parts
                 finally:
                     os.close(fd)
             except OSError as error:
-                if error.errno in _GONE:
+                if error.errno in GONE:
                     return None
                 raise
 
@@ -325,89 +401,9 @@ class LocalStore:
         shard = hashlib.sha256(name.encode()).hexdigest()[:2]
         return os.path.join(self._objects, shard, name.replace("/", "+"))
 
-    # -- errors -------------------------------------------------------------------------------
-
-    @contextmanager
-    def _named(self, verb: str) -> Iterator[None]:
-        """Turn what the operating system raises into a named error."""
-        try:
-            yield
-        except OSError as error:
-            where = error.filename or self.path
-            got = f"{verb}: {error.strerror or error} ({where})"
-            if error.errno in _FULL:
-                raise StoreFullError(
-                    "disk under the store",
-                    got=got,
-                    expected="free space",
-                    remedy=f"free space under {self.path} or open the store with a smaller quota",
-                ) from error
-            if error.errno == errno.EROFS or (error.errno in _DENIED and verb in _WRITING):
-                raise StoreReadOnlyError(
-                    "permission to write the store",
-                    got=got,
-                    expected="a folder that this user may write",
-                    remedy=f"check owner, mode and mount of {self.path}",
-                ) from error
-            if error.errno in _DENIED:
-                raise StoreError(
-                    "permission to read the store",
-                    got=got,
-                    expected="files that this user may read",
-                    remedy=f"check owner and mode under {self.path}",
-                ) from error
-            raise StoreError("file system under the store", got=got) from error
-
 
 def _remove(ledger: Ledger, file: str) -> None:
-    size_bytes = _size_of(file)
+    size_bytes = size_of(file)
     with suppress(FileNotFoundError):
         os.unlink(file)
         ledger.add(-(size_bytes or 0))
-
-
-def _size_of(file: str) -> int | None:
-    try:
-        return os.stat(file).st_size
-    except FileNotFoundError:
-        return None
-
-
-def _modified_ns(file: str) -> int | None:
-    try:
-        return os.stat(file).st_mtime_ns
-    except FileNotFoundError:
-        return None
-
-
-def _touch(fd: int) -> None:
-    # The time is given, since the kernel's own is only as fine as its tick.
-    now_ns = time.time_ns()
-    os.utime(fd, ns=(now_ns, now_ns))
-
-
-def _write(fd: int, view: memoryview) -> None:
-    while view.nbytes:
-        view = view[os.write(fd, view) :]
-
-
-def _read_at(fd: int, begin: int, end: int) -> bytes:
-    parts = []
-    while begin < end:
-        part = os.pread(fd, min(end - begin, _READ_CAP_BYTES), begin)
-        if not part:
-            raise StoreError(
-                "object in the store", got=f"its end at {begin}", expected=f"{end} bytes"
-            )
-        parts.append(part)
-        begin += len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _sync_folder(path: str) -> None:
-    # A rename is on the disk only when the folder is.
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

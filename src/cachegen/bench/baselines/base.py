@@ -30,11 +30,13 @@ class Bill:
 
     payload_bytes: coded values. side_bytes: scales, tables, indices, headers.
     exempt_bytes: tokens kept in 8 or 16 bits beside the code (sinks, recent windows).
+    framing_bytes: of side_bytes, what only makes an object of it: header, lane states, padding.
     """
 
     payload_bytes: int = 0
     side_bytes: int = 0
     exempt_bytes: int = 0
+    framing_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -46,6 +48,7 @@ class Bill:
             self.payload_bytes + other.payload_bytes,
             self.side_bytes + other.side_bytes,
             self.exempt_bytes + other.exempt_bytes,
+            self.framing_bytes + other.framing_bytes,
         )
 
 
@@ -68,12 +71,16 @@ class Point:
     label: the same for every prefix, such as "level 2". bill: bytes for the whole prefix.
     decoded: KV of all T tokens in the prefix's dtype.
     kept: (T,) bool, False for evicted tokens that nothing may attend to; None if all are kept.
+    named: True for a level that is chosen by its promise; it is no part of the family's curve.
+    distortion: relative squared error that the object itself states, None if it states none.
     """
 
     label: str
     bill: Bill
     decoded: KVChunk
     kept: NDArray[np.bool_] | None = None
+    named: bool = False
+    distortion: float | None = None
 
 
 class Peer(ABC):

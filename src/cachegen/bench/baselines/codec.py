@@ -12,12 +12,24 @@ from cachegen.bench.baselines.base import Bill, Peer, Point, Prefix
 from cachegen.chunk import DEFAULT_CHUNK_TOKENS, KVChunk
 from cachegen.codec.base import Codec
 from cachegen.codec.container import SIDE, read_header
+from cachegen.codec.header import Header
+from cachegen.codec.levels import NAMED, prefix_bytes, relative_distortions
+from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.registry import decode
+from cachegen.codec.side import GroupSide
 from cachegen.codec.summary import summarize
 from cachegen.profile import Profile
 
 # Operating points of stored objects: a label, and for each object how many of its bytes are read.
 Cuts = Callable[[Sequence[bytes]], list[tuple[str, list[int]]]]
+# Points of a nested codec's curve, evenly spaced in log bytes.
+CURVE_POINTS = 10
+
+
+def named_levels(objects: Sequence[bytes]) -> list[tuple[str, list[int]]]:
+    """Levels by their names: each object is read as far as it says it has to be."""
+    headers = [read_header(data, max_decoded_bytes=1 << 62) for data in objects]
+    return [(name, [prefix_bytes(header, name) for header in headers]) for name in NAMED]
 
 
 def whole_objects(objects: Sequence[bytes]) -> list[tuple[str, list[int]]]:
@@ -96,7 +108,7 @@ class CodecPeer(Peer):
     """A codec of the registry, in chunks.
 
     family: name of its curve. label: of this operating point. cuts: how one stored object gives
-    several operating points; their labels are appended.
+    several operating points; their labels are appended. names: levels by name, beside the curve.
     """
 
     def __init__(
@@ -107,12 +119,14 @@ class CodecPeer(Peer):
         label: str = "",
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         cuts: Cuts = whole_objects,
+        names: Cuts | None = None,
     ) -> None:
         self.codec = codec
         self.family = family
         self.label = label
         self.chunk_tokens = chunk_tokens
         self.cuts = cuts
+        self.names = names
 
     @property
     def profile(self) -> Profile | None:
@@ -129,18 +143,60 @@ class CodecPeer(Peer):
     def points(self, prefix: Prefix) -> list[Point]:
         """Encode every chunk once; decode it as far as each operating point reads."""
         objects = [self.codec.encode(chunk) for chunk in prefix.kv.split(self.chunk_tokens)]
+        asked = [(*cut, False) for cut in self.cuts(objects)]
+        asked += [(*cut, True) for cut in self.names(objects)] if self.names else []
         points = []
-        for label, lengths in self.cuts(objects):
+        decoded: dict[tuple[int, ...], KVChunk] = {}
+        for label, lengths, named in asked:
             read = [data[:length] for data, length in zip(objects, lengths, strict=True)]
             bill = sum((bill_of(data) for data in read), Bill())
             partial = lengths != [len(data) for data in objects]
-            chunks = [decode(data, allow_partial=partial, profile=self.profile) for data in read]
+            if tuple(lengths) not in decoded:
+                decoded[tuple(lengths)] = KVChunk.concat(
+                    [decode(data, allow_partial=partial, profile=self.profile) for data in read]
+                )
             name = " ".join(part for part in (self.label, label) if part)
-            points.append(Point(name, bill, KVChunk.concat(chunks)))
+            left = distortion_left(objects, lengths)
+            chunk = decoded[tuple(lengths)]
+            points.append(Point(name, bill, chunk, named=named, distortion=left))
         return points
 
 
 def bill_of(data: bytes) -> Bill:
     """Bill one object, or a prefix of one: its header, padding and lane states are side bytes."""
     summary = summarize(data, allow_partial=True)
-    return Bill(summary.payload_bytes, summary.total_bytes - summary.payload_bytes)
+    named = sum(group.side_bytes for group in summary.groups)
+    exempt = exempt_bytes(data, summary.header)
+    framing = summary.total_bytes - summary.payload_bytes - named
+    return Bill(summary.payload_bytes, framing + named - exempt, exempt, framing)
+
+
+def exempt_bytes(data: bytes, header: Header) -> int:
+    """Return the bytes of tokens that a ``progressive`` object stores exactly."""
+    if header.codec_id != ProgressiveCodec.codec_id:
+        return 0
+    total = 0
+    for segment in header.segments:
+        if segment.kind != SIDE:
+            continue
+        tokens, channels, _ = ProgressiveCodec.coded_shape(header, segment.group, 0)
+        side = GroupSide.from_bytes(
+            memoryview(data)[segment.offset : segment.offset + segment.length],
+            tokens,
+            channels,
+            header.geometry.dtype,
+            header.profile is None,
+        )
+        total += side.exempt_rows.nbytes + 4 * len(side.exempt_tokens)
+    return total
+
+
+def distortion_left(objects: Sequence[bytes], lengths: Sequence[int]) -> float | None:
+    """Return the mean relative distortion that objects state for what is read of them."""
+    left = []
+    for data, length in zip(objects, lengths, strict=True):
+        header = read_header(data, max_decoded_bytes=1 << 62)
+        if header.codec_id != ProgressiveCodec.codec_id:
+            return None
+        left.append([d for size, d in relative_distortions(header) if size <= length][-1])
+    return float(np.mean(left))

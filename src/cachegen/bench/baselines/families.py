@@ -14,7 +14,13 @@ from typing import Any
 
 from cachegen.bench.baselines.base import Peer
 from cachegen.bench.baselines.cachegen_lmcache import CacheGenLMCachePeer
-from cachegen.bench.baselines.codec import CodecPeer, SlopeCuts, whole_objects
+from cachegen.bench.baselines.codec import (
+    CURVE_POINTS,
+    CodecPeer,
+    SlopeCuts,
+    named_levels,
+    whole_objects,
+)
 from cachegen.bench.baselines.h2o import H2OPeer
 from cachegen.bench.baselines.int8_zstd import Int8ZstdPeer
 from cachegen.bench.baselines.kivi import KiviPeer
@@ -71,7 +77,8 @@ def build(
     """Build the peers of families, in order.
 
     chunk_tokens: sizes for codecs that work in chunks, 256 by default; each size is a family of its
-        own, ``NAME@SIZE``, if there are several. Peers with a size of their own are built once.
+        own, ``NAME@SIZE``, if there are several. Peers with a size of their own are built once, and
+        so is what goes on top of eviction, in chunks of 256 tokens if that is one of the sizes.
     Raises: ConfigError for an unknown name or setting; whatever calibration raises.
     """
     check_names(names)
@@ -79,7 +86,8 @@ def build(
     peers: list[Peer] = []
     for name in names:
         chunked = _is_chunked(name)
-        for size in sizes if chunked else sizes[:1]:
+        once = (DEFAULT_CHUNK_TOKENS if DEFAULT_CHUNK_TOKENS in sizes else sizes[0],)
+        for size in sizes if chunked and not name.startswith("h2o+") else once:
             family = f"{name}@{size}" if chunked and len(sizes) > 1 else name
             peers += _family(name, family, calibration, size)
     return peers
@@ -132,9 +140,11 @@ def _of_registry(
         fitted = calibration.progressive if name == "progressive" else calibration.profile
         parsed["profile"] = fitted
     codec = get_codec(name, **parsed)
-    nested = SlopeCuts(8) if name == "progressive" else whole_objects
+    is_nested = name == "progressive"
+    nested = SlopeCuts(CURVE_POINTS) if is_nested else whole_objects
     cuts = getattr(codec, "operating_points", nested)
-    return CodecPeer(codec, family=family, chunk_tokens=size, cuts=cuts)
+    names = named_levels if is_nested else None
+    return CodecPeer(codec, family=family, chunk_tokens=size, cuts=cuts, names=names)
 
 
 def _settings(text: str) -> dict[str, Any]:
@@ -191,8 +201,8 @@ def _cachegen_paper(family: str, calibration: Calibration, size: int) -> list[Pe
     return _codecs(codecs, family, size)
 
 
-def _lmcache(family: str, calibration: Calibration) -> list[Peer]:
-    return [CacheGenLMCachePeer(level, family=family) for level in LEVELS]
+def _lmcache(family: str, calibration: Calibration, size: int) -> list[Peer]:
+    return [CacheGenLMCachePeer(level, family=family, chunk_tokens=size) for level in LEVELS]
 
 
 def _int8_zstd(family: str, calibration: Calibration) -> list[Peer]:
@@ -231,10 +241,10 @@ _CHUNKED: dict[str, Callable[[str, Calibration, int], list[Peer]]] = {
     "cachegen": _cachegen("parametric"),
     "cachegen-chunk": _cachegen("chunk"),
     "cachegen-paper": _cachegen_paper,
+    "cachegen-lmcache": _lmcache,
 }
 _WHOLE: dict[str, Callable[[str, Calibration], list[Peer]]] = {
     "int8-zstd": _int8_zstd,
-    "cachegen-lmcache": _lmcache,
     "kivi": _kivi,
     "kivi-no-window": _kivi_whole,
     "turboquant": _turboquant,

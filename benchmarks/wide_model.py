@@ -1,0 +1,142 @@
+"""Train a second model whose KV is narrower than its hidden state, for a bounded time.
+
+    python benchmarks/wide_model.py FOLDER --text models/reference/work/text --minutes 12
+
+The reference model has 256 K and V channels per layer at a hidden size of 256, and all its layers
+together four times that: its KV is of low rank by construction, which flatters transforms that
+join layers. This one has 128 at 384 (one KV head of 64), the same tokenizer, text and tasks, and
+the loss of ``models/reference/train.py``. Its weights are not kept, its figures are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+from transformers import GenerationConfig, LlamaConfig
+
+REFERENCE = Path(__file__).parents[1] / "models/reference"
+sys.path.insert(0, str(REFERENCE))
+
+import train as recipe  # noqa: E402 - beside the reference model, no package
+from model import Decoder  # noqa: E402
+
+CONFIG = LlamaConfig(
+    **{
+        **recipe.CONFIG.to_diff_dict(),
+        "hidden_size": 384,
+        "intermediate_size": 512,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 1,
+    }
+)
+# Share of the time after which a phase ends at the latest.
+UNTIL = {"copy": 0.5, "recall": 0.58, "mix-128": 0.68, "mix-256": 0.84, "mix-512": 1.0}
+FILES = ("tokenizer.json", "tokenizer_config.json", "retrieval.json", "eval_text.txt")
+FILES += ("calibration_text.txt",)
+
+
+def train(text: Path | None, minutes: float) -> tuple[Decoder, dict[str, object]]:
+    """Run the phases within so many minutes of CPU time; return the model and a record."""
+    data = recipe.prepare(text)
+    torch.manual_seed(recipe.SEED)
+    model = Decoder(CONFIG)
+    parameters = dict(model.named_parameters())
+    embedding = parameters.pop("model.embed_tokens.weight")
+    optimizers = (
+        torch.optim.Muon(
+            [p for p in parameters.values() if p.dim() == 2],
+            lr=0.02,
+            momentum=0.95,
+            weight_decay=0.01,
+        ),
+        torch.optim.AdamW([embedding], lr=0.012, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(
+            [p for p in parameters.values() if p.dim() == 1],
+            lr=0.002,
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
+        ),
+    )
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    full = [group["lr"] for group in groups]
+    phases = [phase for phase in recipe.PHASES if phase.name in UNTIL]
+    phases[-1] = replace(phases[-1], last_rate=0.02)
+    begin, step, record = time.process_time(), 0, {}
+    budget = 60 * minutes
+    for phase in phases:
+        recent: list[float] = []
+        phase_begin, first = (time.process_time() - begin) / budget, step
+        while True:
+            spent = (time.process_time() - begin) / budget
+            if spent >= UNTIL[phase.name] or (
+                len(recent) >= 20 and np.mean(recent[-20:]) >= phase.until
+            ):
+                break
+            done = (spent - phase_begin) / max(UNTIL[phase.name] - phase_begin, 1e-6)
+            rate = phase.rate + (phase.last_rate - phase.rate) * done
+            rate *= min(1.0, (step + 1) / recipe.WARMUP_STEPS)
+            for group, most in zip(groups, full, strict=True):
+                group["lr"] = rate * most
+            ids, positions, targets, is_answer = recipe.batch(phase, step, data)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(ids, positions)
+            losses = F.cross_entropy(logits.float(), targets, reduction="none")
+            answers = losses[is_answer].mean()
+            words = losses[~is_answer].mean() if phase.text else torch.zeros(())
+            model.zero_grad()
+            (words + recipe.ANSWER_WEIGHT * answers if phase.text else answers).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            hits = logits[is_answer].argmax(-1) == targets[is_answer]
+            recent.append(hits.float().mean().item())
+            step += 1
+            if step % 20 == 0:
+                print(
+                    f"{phase.name} step {step} {spent * minutes:.1f} min: text {words.item():.3f} "
+                    f"right {np.mean(recent[-20:]):.3f}",
+                    flush=True,
+                )
+        record[phase.name] = {
+            "steps": step - first,
+            "right": round(float(np.mean(recent[-20:])), 4) if recent else None,
+        }
+    return model, {"cpu_minutes": round((time.process_time() - begin) / 60, 2), "phases": record}
+
+
+def export(model: Decoder, folder: Path, record: dict[str, object]) -> None:
+    """Write a folder that transformers and ``cachegen eval`` read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        shutil.copy(REFERENCE / name, folder / name)
+    tensors = {name: t.to(torch.bfloat16) for name, t in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(CONFIG.to_json_string(use_diff=True))
+    generation = GenerationConfig(bos_token_id=0, eos_token_id=1, do_sample=False)
+    (folder / "generation_config.json").write_text(generation.to_json_string(use_diff=True))
+    (folder / "training.json").write_text(json.dumps(record, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--text", type=Path, help="what models/reference/train.py trained on")
+    parser.add_argument("--minutes", type=float, default=12.0, help="of CPU time")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    model, record = train(arguments.text, arguments.minutes)
+    export(model, arguments.folder, record)
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

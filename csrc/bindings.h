@@ -1,0 +1,25 @@
+// What the files that see Python share.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include "error.h"
+
+namespace cachegen {
+
+template <class T, class... Extra>
+using Array = nanobind::ndarray<T, nanobind::device::cpu, nanobind::c_contig, Extra...>;
+template <class T>
+using Vector = Array<T, nanobind::ndim<1>>;
+template <class T>
+using Matrix = Array<T, nanobind::ndim<2>>;
+
+inline void require(bool sound, const char* what) {
+    if (!sound)
+        throw Error(ErrorKind::Geometry, what, "sizes that do not fit", "sizes that do");
+}
+
+void bind_fused(nanobind::module_& m);
+
+}  // namespace cachegen

@@ -1,0 +1,43 @@
+// Values of the `progressive` codec between digits and floats (docs/fused-decode.md).
+//
+// A value is one signed 16-bit number, v, for any number of passes decoded so far, k + 1 of them:
+//     0                  zero so far
+//     |v| >= 3^k         significant since pass 0: its cell is |v| - 0.4 * 3^k, one step wide
+//     0 < |v| < 3^k      significant since a later pass: its cell is 0.6 |v| - 0.6, 1.2 wide
+// in units of the step of the last pass decoded. A refining digit d makes 3 v + d, away from zero,
+// or 3 v + 2 d for a late value; where v is 0, d - 1.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace cachegen {
+
+inline constexpr unsigned kMaxPasses = 6;
+inline constexpr unsigned kMaxCoarse = 127;
+
+inline constexpr int power_of_three(unsigned exponent) {
+    return exponent == 0 ? 1 : 3 * power_of_three(exponent - 1);
+}
+static_assert((kMaxCoarse + 1) * power_of_three(kMaxPasses - 1) <= 32767, "values are 16 bits");
+
+// What turns the values of a group into floats.
+struct Scaling {
+    int late_below;                  // 3^k
+    float early_scale, late_scale;   // value = v * scale + sign(v) * offset + mean
+};
+
+// One head at one place: `size` rows of kLanes values to one row of `size` floats for each lane.
+struct UnitJob {
+    const int16_t* values;
+    size_t size;
+    Scaling scaling;
+    const float *early_offset, *late_offset, *mean;  // one per row
+    const float *cos, *sin;  // rows of kLanes for each of `half` pairs; null without RoPE
+    size_t half;
+    bool interleaved;        // pairs are neighbours, else `half` rows apart
+    std::byte* const* rows;  // where the head of each lane's token goes; null: nowhere
+    void* scratch;           // size * kLanes elements, aligned to 64 bytes
+};
+
+}  // namespace cachegen

@@ -1,0 +1,132 @@
+// The loops of the `progressive` decoder as plain C++ for the compiler to vectorise. A backend that
+// includes this file gets them compiled for its own instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "dispatch.h"
+#include "float_bits.h"
+#include "ladder.h"
+
+namespace cachegen {
+namespace {  // one copy per backend, never merged by the linker
+
+void find_bytes(const uint8_t* block, const uint8_t* wanted, size_t steps, uint32_t* found) {
+    for (size_t step = 0; step < steps; ++step) {
+        uint32_t lanes = 0;
+        for (unsigned lane = 0; lane < kLanes; ++lane)
+            lanes |= static_cast<uint32_t>(block[step * kLanes + lane] == wanted[step]) << lane;
+        found[step] = lanes;
+    }
+}
+
+// Symbols of pass 0: 0, -1, 1, -2, 2, ...
+void coarse_values(const uint8_t* symbols, size_t steps, int16_t* values) {
+    for (size_t i = 0; i < steps * kLanes; ++i) {
+        const auto symbol = static_cast<int16_t>(symbols[i]);
+        const auto magnitude = static_cast<int16_t>((symbol + 1) >> 1);
+        const auto minus = static_cast<int16_t>(-(symbol & 1));  // all ones for a negative value
+        values[i] = static_cast<int16_t>((magnitude ^ minus) - minus);
+    }
+}
+
+void value_contexts(const int16_t* values, size_t steps, uint8_t* contexts) {
+    for (size_t i = 0; i < steps * kLanes; ++i) contexts[i] = values[i] != 0;
+}
+
+// late_below: 3^k before this pass.
+void refine_values(const uint8_t* digits, int late_below, size_t steps, int16_t* values) {
+    const auto limit = static_cast<int16_t>(late_below);
+    for (size_t i = 0; i < steps * kLanes; ++i) {
+        const int16_t v = values[i];
+        const auto digit = static_cast<int16_t>(digits[i]);
+        const auto minus = static_cast<int16_t>(v >> 15);
+        const auto magnitude = static_cast<int16_t>((v ^ minus) - minus);
+        const auto twice = static_cast<int16_t>(digit << (magnitude < limit));
+        const auto away = static_cast<int16_t>((twice ^ minus) - minus);
+        const auto first = static_cast<int16_t>(digit - 1);
+        values[i] = static_cast<int16_t>(3 * v + (v ? away : first));
+    }
+}
+
+// The floats of one channel, before RoPE.
+inline void scale_row(const UnitJob& job, size_t row, float* out) {
+    const int16_t* values = job.values + row * kLanes;
+    const auto early_offset = bits_from_float(job.early_offset[row]);
+    const auto late_offset = bits_from_float(job.late_offset[row]);
+    const auto early_scale = bits_from_float(job.scaling.early_scale);
+    const auto late_scale = bits_from_float(job.scaling.late_scale);
+    const float mean = job.mean[row];
+    const int limit = job.scaling.late_below;
+    for (unsigned lane = 0; lane < kLanes; ++lane) {
+        const int32_t v = values[lane];
+        const int32_t minus = v >> 31;
+        const bool late = ((v ^ minus) - minus) < limit;
+        const uint32_t scale = select(late, late_scale, early_scale);
+        const uint32_t offset = select(v == 0, 0, select(late, late_offset, early_offset)) ^
+                                (static_cast<uint32_t>(minus) & 0x80000000u);
+        out[lane] = static_cast<float>(v) * float_from_bits(scale) + float_from_bits(offset) + mean;
+    }
+}
+
+template <KVType kType>
+inline void convert_row(const float* row, typename KVTraits<kType>::Bits* out) {
+    for (unsigned lane = 0; lane < kLanes; ++lane) {
+        float value = row[lane];
+        if constexpr (kType == KVType::Float16) {
+            // A value near the end of the range may overshoot it.
+            value = value > 65504.0f ? 65504.0f : value;
+            value = value < -65504.0f ? -65504.0f : value;
+        }
+        out[lane] = KVTraits<kType>::from_float(value);
+    }
+}
+
+// job.scratch: a row of kLanes elements for each dimension.
+template <KVType kType>
+void convert_unit(const UnitJob& job) {
+    using Bits = typename KVTraits<kType>::Bits;
+    auto* const out = static_cast<Bits*>(job.scratch);
+    const size_t pairs = job.cos ? job.half : 0;
+    for (size_t i = 0; i < pairs; ++i) {
+        const size_t first = job.interleaved ? 2 * i : i;
+        const size_t second = job.interleaved ? 2 * i + 1 : i + pairs;
+        alignas(64) float a[kLanes], b[kLanes], x[kLanes], y[kLanes];
+        scale_row(job, first, a);
+        scale_row(job, second, b);
+        const float *cos = job.cos + i * kLanes, *sin = job.sin + i * kLanes;
+        for (unsigned lane = 0; lane < kLanes; ++lane) {
+            x[lane] = a[lane] * cos[lane] - b[lane] * sin[lane];
+            y[lane] = b[lane] * cos[lane] + a[lane] * sin[lane];
+        }
+        convert_row<kType>(x, out + first * kLanes);
+        convert_row<kType>(y, out + second * kLanes);
+    }
+    for (size_t row = 2 * pairs; row < job.size; ++row) {
+        alignas(64) float a[kLanes];
+        scale_row(job, row, a);
+        convert_row<kType>(a, out + row * kLanes);
+    }
+}
+
+// Turns `size` rows of kLanes elements into one row for each lane.
+template <class Bits>
+void store_rows(const void* scratch, size_t size, std::byte* const* rows) {
+    const auto* from = static_cast<const Bits*>(scratch);
+    for (unsigned lane = 0; lane < kLanes; ++lane) {
+        if (!rows[lane]) continue;
+        for (size_t i = 0; i < size; ++i)
+            std::memcpy(rows[lane] + i * sizeof(Bits), &from[i * kLanes + lane], sizeof(Bits));
+    }
+}
+
+template <KVType kType>
+void finish_unit(const UnitJob& job) {
+    convert_unit<kType>(job);
+    store_rows<typename KVTraits<kType>::Bits>(job.scratch, job.size, job.rows);
+}
+
+}  // namespace
+}  // namespace cachegen

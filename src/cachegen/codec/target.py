@@ -1,0 +1,111 @@
+"""Where a decoder puts K and V: arrays of a chunk, or blocks of an engine's paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cachegen.chunk import KVChunk, as_numpy
+from cachegen.codec.header import Header
+from cachegen.errors import DtypeError, GeometryError
+from cachegen.native.fused import PlaneTarget, token_offsets
+from cachegen.types import Array, KVDtype
+
+Pairs = Sequence[tuple[object, object]]
+
+
+class Target:
+    """Destination of all planes of one object.
+
+    header: of the object. out: a chunk of the same shape, or for each layer K and V as arrays or CPU
+        tensors, any strides but the last, which must be 1: (T_l, H, D) each, or with slot_mapping
+        (blocks, block size, H, D). dtype: all the same, not necessarily the object's.
+    slot_mapping: (T,) integers, ``block * block_size + place``; -1 leaves a token out.
+    Raises: GeometryError, DtypeError, ConfigError.
+    """
+
+    def __init__(
+        self, header: Header, out: KVChunk | Pairs, slot_mapping: object | None = None
+    ) -> None:
+        self._header = header
+        if isinstance(out, KVChunk):
+            pairs: list[tuple[Array, Array]] = [(layer.keys, layer.values) for layer in out.layers]
+        else:
+            pairs = [(as_numpy(keys), as_numpy(values)) for keys, values in out]
+        self._slots = None if slot_mapping is None else _slots(slot_mapping, header.tokens)
+        if len(pairs) != header.geometry.layers:
+            raise GeometryError("layers of out", got=len(pairs), expected=header.geometry.layers)
+        self._pairs = pairs
+        self.dtype = KVDtype.of(pairs[0][0].dtype)
+        for layer, pair in enumerate(pairs):
+            for is_value, array in enumerate(pair):
+                self._check(layer, bool(is_value), array)
+        self._offsets: dict[tuple[Any, ...], NDArray[np.int64]] = {}
+
+    def _check(self, layer: int, is_value: bool, array: Array) -> None:
+        begin, end = self._header.ranges[layer]
+        geometry = self._header.geometry
+        head = (geometry.kv_heads, geometry.plane_dim(is_value=is_value))
+        fits = array.shape == (end - begin, *head)
+        if self._slots is not None:
+            fits = array.ndim == 4 and array.shape[2:] == head
+        name = f"{'V' if is_value else 'K'} of layer {layer} in out"
+        if not fits or not array.flags.writeable:
+            paged = ("blocks", "block size", *head)
+            expected = f"{(end - begin, *head) if self._slots is None else paged}, writeable"
+            raise GeometryError(name, got=array.shape, expected=expected)
+        if KVDtype.of(array.dtype) is not self.dtype:
+            raise DtypeError(name, got=array.dtype, expected=self.dtype.label)
+        if array.size and array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
+            raise GeometryError(
+                name,
+                got=f"values of a head {array.strides[-1]} bytes apart",
+                expected="side by side",
+                remedy="pass arrays whose last axis is contiguous",
+            )
+
+    def plane(
+        self, layer: int, *, is_value: bool, rope: int = -1, first_position: int = 0
+    ) -> PlaneTarget:
+        """Return where a plane goes. rope, first_position: as in ``PlaneTarget``."""
+        array = self._pairs[layer][is_value]
+        begin, end = self._header.ranges[layer]
+        key = (begin, end, array.strides[:-2], array.shape[:-2])
+        if key not in self._offsets:
+            slots = None if self._slots is None else self._slots[begin:end]
+            self._offsets[key] = token_offsets(end - begin, array, slots)
+        return PlaneTarget(
+            array,
+            array.ctypes.data,
+            self._offsets[key],
+            array.strides[-2],
+            array.shape[-2],
+            array.shape[-1],
+            is_value,
+            rope,
+            first_position,
+        )
+
+    def store(self, layer: int, values: Array, *, is_value: bool) -> None:
+        """Store a whole plane (T_l, H, D) of the target's dtype."""
+        array = self._pairs[layer][is_value]
+        if self._slots is None:
+            array[...] = values
+            return
+        begin, end = self._header.ranges[layer]
+        slots = self._slots[begin:end]
+        kept = slots >= 0
+        block, place = np.divmod(slots[kept], array.shape[1])
+        array[block, place] = values[kept]
+
+
+def _slots(mapping: object, tokens: int) -> NDArray[np.int64]:
+    slots = np.asarray(mapping)
+    if slots.shape != (tokens,) or slots.dtype.kind not in "iu":
+        raise GeometryError(
+            "slot mapping", got=f"{slots.shape} of {slots.dtype}", expected=f"({tokens},) integers"
+        )
+    return slots.astype(np.int64)
