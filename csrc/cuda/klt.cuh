@@ -20,7 +20,7 @@ struct Tile {
 // What 128 threads carry from global to shared memory for one depth of 32 components: 16 bytes at a
 // time, 4 of them a row.
 struct TileLoad {
-    uint4 high[2], low[2], basis[4];
+    uint4 high[2], low[2], basis[4], basis_low[4];
 };
 
 CACHEGEN_DEVICE uint4 load_part(uint64_t matrix, uint32_t row, uint32_t rows, uint32_t stride,
@@ -39,9 +39,13 @@ CACHEGEN_DEVICE TileLoad load_tile(const Group& group, const Tile& tile, uint32_
         parts.high[i] = load_part(group.coefficients, token, group.tokens, group.stride, column);
         parts.low[i] = load_part(low, token, group.tokens, group.stride, column);
     }
-    for (unsigned i = 0; i < 4; ++i)
-        parts.basis[i] = load_part(group.basis, tile.first_channel + row + 32 * i,
-                                   tile.first_channel + tile.width, group.stride, column);
+    for (unsigned i = 0; i < 4; ++i) {
+        const uint32_t channel = tile.first_channel + row + 32 * i;
+        const uint32_t end = tile.first_channel + tile.width;
+        parts.basis[i] = load_part(group.basis, channel, end, group.stride, column);
+        if (group.basis_low)
+            parts.basis_low[i] = load_part(group.basis_low, channel, end, group.stride, column);
+    }
     return parts;
 }
 
@@ -66,6 +70,8 @@ CACHEGEN_KERNEL(transform_back)(uint64_t address) {
     uint16_t* const high = reinterpret_cast<uint16_t*>(block_shared());
     uint16_t* const low = high + kTileTokens * kRowHalves;
     uint16_t* const basis = low + kTileTokens * kRowHalves;
+    uint16_t* const basis_low = basis + kTileChannels * kRowHalves;
+    const bool has_low = group.basis_low != 0;
     const unsigned lane = lane_index(), warp = thread_index() / 32;
     const unsigned first_row = warp / 2 * 32, first_column = warp % 2 * 64;
     const unsigned row = thread_index() / 4, part = thread_index() % 4 * 8;
@@ -80,8 +86,11 @@ CACHEGEN_KERNEL(transform_back)(uint64_t address) {
             *reinterpret_cast<uint4*>(high + (row + 32 * i) * kRowHalves + part) = parts.high[i];
             *reinterpret_cast<uint4*>(low + (row + 32 * i) * kRowHalves + part) = parts.low[i];
         }
-        for (unsigned i = 0; i < 4; ++i)
-            *reinterpret_cast<uint4*>(basis + (row + 32 * i) * kRowHalves + part) = parts.basis[i];
+        for (unsigned i = 0; i < 4; ++i) {
+            const unsigned at = (row + 32 * i) * kRowHalves + part;
+            *reinterpret_cast<uint4*>(basis + at) = parts.basis[i];
+            if (has_low) *reinterpret_cast<uint4*>(basis_low + at) = parts.basis_low[i];
+        }
         sync_block();
         if (depth + kTileDepth < depth_end) parts = load_tile(group, tile, depth + kTileDepth);
 #pragma unroll
@@ -109,6 +118,11 @@ CACHEGEN_KERNEL(transform_back)(uint64_t address) {
                     multiply_halves(sums[m][n], a[m][1], b);
                     multiply_halves(sums[m][n], a[m][0], b);
                 }
+                if (!has_low) continue;
+                const uint32_t rest[2] = {pair_at(basis_low, r, column),
+                                          pair_at(basis_low, r, column + 8)};
+#pragma unroll
+                for (unsigned m = 0; m < 2; ++m) multiply_halves(sums[m][n], a[m][0], rest);
             }
         }
     }
@@ -126,7 +140,7 @@ CACHEGEN_KERNEL(transform_back)(uint64_t address) {
                 const float mean = c < tile.width
                                        ? at_address<const float>(group.means)[tile.first_channel + c]
                                        : 0.0f;
-                out[r * kRowFloats + c] = sum(product(sums[m][n][i], group.step), mean);
+                out[r * kRowFloats + c] = sum(product(sums[m][n][i], group.step * group.basis_scale), mean);
             }
     sync_block();
 

@@ -92,7 +92,8 @@ struct Group {
     uint64_t constants;  // 64 pairs of float: what is added to the magnitude, see progressive.cuh
     uint64_t means;      // floats, one per channel; 0: none
     uint64_t coefficients;  // workspace, 0: finish at once
-    uint64_t basis;         // halves, a row of `channels` for each channel; 0: none
+    uint64_t basis;         // halves, a row of `stride` for each channel; 0: none
+    uint64_t basis_low;     // what rounding to halves lost, 0: nothing
     uint64_t exempt_tokens;  // uint32 each
     uint64_t exempt_rows;    // in the planes' dtype, of any alignment
     Pass passes[kMaxPasses];
@@ -104,21 +105,19 @@ struct Group {
     uint32_t stride;  // elements of a row of the workspace
     uint32_t active;  // address (index) of the number of columns that are not zero
     uint32_t error;
-    uint32_t zero;
+    float basis_scale;  // of the basis in memory
 };
-static_assert(sizeof(Group) == 200);
+static_assert(sizeof(Group) == 208);
 
 // A set of tokens that go to slots.
 struct Slots {
-    uint64_t mapping;  // int64 per token; 0: token t goes to slot `first + t`
+    uint64_t mapping;  // int64 per token; 0: token t goes to slot t
     uint64_t rows;     // out: int64 per token
     int64_t block_stride, slot_stride;  // elements
     uint64_t slots;    // there are so many
-    uint32_t block_slots, tokens;
-    uint64_t first;
-    uint32_t error, zero;
+    uint32_t block_slots, tokens, error, zero;
 };
-static_assert(sizeof(Slots) == 64);
+static_assert(sizeof(Slots) == 56);
 
 // Angles of a run of tokens.
 struct Rope {

@@ -100,7 +100,7 @@ CACHEGEN_KERNEL(map_rows)(uint64_t address) {
     const Slots& slots = at_address<const Slots>(launch.items)[block_index()];
     const int64_t* const mapping = at_address<const int64_t>(slots.mapping);
     for (uint32_t t = thread_index(); t < slots.tokens; t += 128) {
-        const int64_t slot = mapping ? mapping[t] : static_cast<int64_t>(slots.first + t);
+        const int64_t slot = mapping ? mapping[t] : static_cast<int64_t>(t);
         int64_t row = -1;
         if (slot >= 0 && static_cast<uint64_t>(slot) < slots.slots)
             row = slot / slots.block_slots * slots.block_stride +

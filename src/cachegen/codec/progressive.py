@@ -153,7 +153,7 @@ class ProgressiveCodec(Codec):
     @classmethod
     def decode_object(cls, reader: ObjectReader, *, profile: Profile | None) -> KVChunk:
         header = reader.header
-        step, value_weight = _unpack_params(header)
+        step, value_weight = unpack_params(header)
         basis = _basis_of(header, profile)
         if basis.groups != header.groups:
             raise CorruptError("groups", got="others than the basis", expected="those of the basis")
@@ -173,7 +173,7 @@ class ProgressiveCodec(Codec):
             )
             classes = side.classes
             if statistics is not None:
-                classes = _profile_classes(statistics, step, side.class_offset)
+                classes = profile_classes(statistics, step, side.class_offset)
             digits = passes.read(reader, index, (tokens, channels), classes)
             values = ladder.descend(
                 digits, header.passes, classes % ladder.CLASSES, side.decay / 64
@@ -251,9 +251,9 @@ class _Prepared:
             side = self.side.with_classes(classes)
         else:
             offset = passes.fit_offset(
-                digits, lambda shift: _profile_classes(self.statistics, step, shift)
+                digits, lambda shift: profile_classes(self.statistics, step, shift)
             )
-            classes = _profile_classes(self.statistics, step, offset)
+            classes = profile_classes(self.statistics, step, offset)
             side = self.side.with_offset(offset)
         scale_class = classes % ladder.CLASSES
         decay, errors = passes.fit_decay(scaled, digits, scale_class)
@@ -265,7 +265,7 @@ class _Prepared:
         ]
 
 
-def _profile_classes(statistics: GroupBasis | None, step: float, offset: int) -> NDArray[np.uint8]:
+def profile_classes(statistics: GroupBasis | None, step: float, offset: int) -> NDArray[np.uint8]:
     """Return family * 64 + class of every component, from its deviation in the profile."""
     assert statistics is not None
     base = ladder.class_of(statistics.deviation / np.float64(np.float32(step))).astype(np.int64)
@@ -293,7 +293,7 @@ def _refuse_non_finite(chunk: KVChunk, group: Group) -> None:
             )
 
 
-def _unpack_params(header: Header) -> tuple[float, float]:
+def unpack_params(header: Header) -> tuple[float, float]:
     if len(header.params) != _PARAMS.size:
         raise CorruptError(
             "progressive parameters", got=len(header.params), expected=f"{_PARAMS.size} bytes"

@@ -26,20 +26,27 @@ class Item:
     """One object of a batch and where its tokens go.
 
     base: address of its bytes on the device. words: its bytes as 32-bit words.
-    mapping: address of one int64 slot per token, or 0 for slots first, first + 1, ...
+    mapping: address of one int64 slot per token, or 0 for rows in order. errors: indices of all
+    its error words.
     """
 
     def __init__(
-        self, job: plan.Plan, data: Buffer, reader: ObjectReader, mapping: np.uint64, first: int
+        self,
+        job: plan.Plan,
+        data: Buffer,
+        reader: ObjectReader,
+        target: Target,
+        mapping: np.uint64,
     ) -> None:
         self.data = data
+        self.target = target
+        self.errors: list[int] = []
         self.reader = reader
         self.header: Header = reader.header
         whole = np.frombuffer(data, np.uint8)
         self.base = job.upload.add(whole)
         self.words = whole[: len(whole) // 4 * 4].view("<u4")
         self.mapping = mapping
-        self.first = first
 
     def address(self, segment: Segment) -> np.uint64:
         """Return the address of a segment's first byte."""
@@ -49,9 +56,8 @@ class Item:
 class Batch:
     """Structs of all codecs of a batch, collected object by object."""
 
-    def __init__(self, device: Device, target: Target, tables: FrozenTables, stream: Any) -> None:
+    def __init__(self, device: Device, tables: FrozenTables, stream: Any) -> None:
         self.device = device
-        self.target = target
         self.tables = tables
         self.stream = stream
         self.job = plan.Plan()
@@ -75,8 +81,9 @@ class Batch:
         self._models: list[NDArray[Any]] = []
         self.max_half = 0
 
-    def new_error(self) -> int:
-        """Return the index of a new error word."""
+    def new_error(self, item: Item) -> int:
+        """Return the index of a new error word of an object."""
+        item.errors.append(self.errors)
         self.errors += 1
         return self.errors - 1
 
@@ -93,10 +100,12 @@ class Batch:
         """Describe one plane of an object: where it goes, and its RoPE if it has to be redone."""
         header = item.header
         begin, end = header.ranges[layer]
-        place = self.target.places[layer][is_value]
+        place = item.target.places[layer][is_value]
         row = np.zeros(1, plan.PLANE)
         row["base"] = plan.absolute(place.address)
-        row["rows"] = self._rows_of(item, place.rows) + np.uint64(8 * begin)
+        # Without slots a plane holds the tokens of its layer alone.
+        skipped = begin if item.mapping else 0
+        row["rows"] = self._rows_of(item, place.rows) + np.uint64(8 * skipped)
         row["head_stride"] = place.head_stride
         row["heads"] = header.geometry.kv_heads
         row["dim"] = header.geometry.plane_dim(is_value=is_value)
@@ -117,11 +126,12 @@ class Batch:
         if key not in self._rows:
             slots, block_slots, block_stride, slot_stride = place
             entry = np.zeros(1, plan.SLOTS)
-            entry["mapping"], entry["first"] = item.mapping, item.first
+            entry["mapping"] = item.mapping
             entry["rows"] = self._rows[key] = self.job.work.reserve(8 * item.header.tokens)
             entry["slots"], entry["block_slots"] = slots, block_slots
             entry["block_stride"], entry["slot_stride"] = block_stride, slot_stride
-            entry["tokens"], entry["error"] = item.header.tokens, self.new_error()
+            entry["tokens"] = item.header.tokens if item.mapping else min(slots, item.header.tokens)
+            entry["error"] = self.new_error(item)
             self._slots.append(entry)
         return self._rows[key]
 

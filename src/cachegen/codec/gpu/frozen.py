@@ -13,11 +13,12 @@ from cachegen.codec import ladder
 from cachegen.codec.basis import ModelBasis, load_basis
 from cachegen.codec.entropy import parametric_tables
 from cachegen.codec.passes import coarse_escapes
-from cachegen.errors import ProfileError
 from cachegen.native.cuda import plan
 from cachegen.native.cuda.device import Device, Memory
 from cachegen.profile import Profile
 from cachegen.types import Geometry
+
+Floats = NDArray[np.float32]
 
 _KEY = "frozen"
 
@@ -62,10 +63,10 @@ def _build(device: Device, stream: Any) -> FrozenTables:
     upload = device.allocate(job.upload_bytes, stream)
     work = device.allocate(job.work.size_bytes, stream)
     image, launches = job.finish(upload.address, work.address)
-    device.upload(upload, image, stream)
+    device.upload(upload.address, image, stream)
     for launch in launches:
         device.launch(*launch, stream)
-    device.download(work, 1, stream)  # waits
+    device.download(work.address, 1, stream)  # waits
     places = [plan.absolute(int(item["buckets"])) for item in items]
     bytes_at = plan.absolute(int(escapes ^ plan.UPLOAD) + upload.address)
     return FrozenTables(places[0], bytes_at, places[1], places[2], (upload, work))
@@ -73,12 +74,17 @@ def _build(device: Device, stream: Any) -> FrozenTables:
 
 @dataclass(frozen=True)
 class DeviceBasis:
-    """A profile on a device: for each group its basis (halves, rows of ``strides[g]``) and means."""
+    """A profile on a device.
+
+    matrices: for each group its basis times ``1 / scales[g]``, rounded to halves, rows padded to a
+    multiple of 8. rests: what rounding lost, 0 where it lost nothing. means: floats.
+    """
 
     basis: ModelBasis
     matrices: tuple[np.uint64, ...]
+    rests: tuple[np.uint64, ...]
+    scales: tuple[float, ...]
     means: tuple[np.uint64, ...]
-    strides: tuple[int, ...]
     memory: Memory
 
 
@@ -87,7 +93,7 @@ def device_basis(
 ) -> DeviceBasis:
     """Return a profile's bases on a device; the first call for a profile uploads them.
 
-    Raises: ProfileError if they do not fit, or are not exact in float16.
+    Raises: ProfileError if they do not fit.
     """
     key = f"basis {profile.digest.hex()} {geometry}"
     if key not in device.tables:
@@ -98,34 +104,44 @@ def device_basis(
 
 def _upload_basis(device: Device, basis: ModelBasis, stream: Any) -> DeviceBasis:
     arena = plan.Arena(plan.UPLOAD)
-    matrices, means, strides = [], [], []
-    for index, group in enumerate(basis.bases):
+    matrices, rests, scales, means = [], [], [], []
+    for group in basis.bases:
         assert group is not None
-        channels = len(group.mean)
-        stride = -(-channels // 8) * 8
-        rows = np.zeros((channels, stride), np.float16)
-        with np.errstate(over="ignore"):
-            rows[:, :channels] = group.basis.astype(np.float16)
-        if not np.array_equal(rows[:, :channels].astype(np.float32), group.basis):
-            raise ProfileError(
-                f"basis of group {index}",
-                got="values that float16 does not hold",
-                expected="a basis in float16",
-                remedy="calibrate again",
-            )
-        matrices.append(arena.add(rows))
+        high, low, scale = split_halves(group.basis)
+        matrices.append(arena.add(high))
+        rests.append(arena.add(low) if low.any() else np.uint64(0))
+        scales.append(scale)
         means.append(arena.add(group.mean.astype("<f4")))
-        strides.append(stride)
     memory = device.allocate(arena.size_bytes, stream)
     image = np.zeros(arena.size_bytes, np.uint8)
     arena.write(image)
-    device.upload(memory, image, stream)
-    device.download(memory, 1, stream)  # waits, as the image goes away
+    device.upload(memory.address, image, stream)
+    device.download(memory.address, 1, stream)  # waits, as the image goes away
 
     def place(addresses: list[np.uint64]) -> tuple[np.uint64, ...]:
-        return tuple(plan.absolute(int(a ^ plan.UPLOAD) + memory.address) for a in addresses)
+        return tuple(
+            plan.absolute(int(a ^ plan.UPLOAD) + memory.address) if a else a for a in addresses
+        )
 
-    return DeviceBasis(basis, place(matrices), place(means), tuple(strides), memory)
+    return DeviceBasis(
+        basis, place(matrices), place(rests), tuple(scales), place(means), memory
+    )
+
+
+def split_halves(basis: Floats) -> tuple[NDArray[np.float16], NDArray[np.float16], float]:
+    """Return two matrices of halves whose sum is (basis / scale) to 22 bits, and the scale.
+
+    basis: (N, N). Rows of the results are padded with zeros to a multiple of 8. The scale is a
+    power of two that puts the largest value near 1024, so that the lower halves are not subnormal.
+    """
+    channels = len(basis)
+    largest = float(np.abs(basis).max())
+    scale = 2.0 ** (np.floor(np.log2(largest)) - 9) if largest > 0 else 1.0
+    scaled = np.zeros((channels, -(-channels // 8) * 8), np.float32)
+    scaled[:, :channels] = basis / np.float32(scale)
+    high = scaled.astype(np.float16)
+    low = (scaled - high.astype(np.float32)).astype(np.float16)
+    return high, low, scale
 
 
 @functools.lru_cache(maxsize=256)

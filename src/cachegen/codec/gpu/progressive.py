@@ -88,6 +88,7 @@ def _plan_group(
         statistics = held.basis.bases[index]
         classes = profile_classes(statistics, step, side.class_offset)
         row["basis"], row["means"] = held.matrices[index], held.means[index]
+        row["basis_low"], row["basis_scale"] = held.rests[index], held.scales[index]
     elif side.mean_scale:
         row["means"] = upload.add(side.mean.astype("<f4"))
     row["classes"] = upload.add(classes)
@@ -101,7 +102,7 @@ def _plan_group(
         row["exempt_rows"] = upload.add(np.ascontiguousarray(side.exempt_rows).view(np.uint8))
     row["stride"] = stride = -(-channels // 8) * 8
     number = len(batch.groups)
-    row["active"], row["error"] = number, batch.new_error()
+    row["active"], row["error"] = number, batch.new_error(item)
     one = _Pending(row, number, present)
     for pass_index in range(present):
         segment, body = item.reader.segment(index, pass_index)

@@ -47,7 +47,7 @@ def _matrix(
     row["tokens"], row["channels"] = shape
     row["places"] = -(-shape[0] // LANES)
     row["scale_width"] = max(shape[1], 1)
-    row["plane"], row["error"] = plane, batch.new_error()
+    row["plane"], row["error"] = plane, batch.new_error(item)
     return row
 
 

@@ -1,7 +1,7 @@
 """Where decoded K and V go: the addresses and strides of a cache in device memory.
 
-Paged caches are blocks (B, H, N, C): B blocks, H heads, N slots, C channels of a head, any strides
-but 1 for channels; a token goes to slot ``block * N + offset``. Dense ones are (T, H, C).
+Paged caches are blocks (B, N, H, D): B blocks of N slots, any strides but 1 for the last axis, so
+that a cache laid out as (B, H, N, D) is passed transposed. A token goes to slot ``block * N + place``.
 """
 
 from __future__ import annotations
@@ -111,11 +111,11 @@ class Target:
     def of(cls, out: Any, geometry: Geometry, *, paged: bool) -> Target:
         """View a cache.
 
-        out: with slots a tensor (L, 2, B, H, N, C) or L pairs of K and V, each (B, H, N, C);
-            without, (L, 2, T, H, C) or L pairs of (T, H, C). Transposed views are welcome.
+        out: for each layer K and V, each (B, N, H, D) where paged, else (T, H, D); or one tensor of
+            them all, (L, 2, ...).
         Raises: GeometryError, DtypeError if it does not fit the geometry.
         """
-        pairs = cls._pairs(out, 6 if paged else 5)
+        pairs = cls._pairs(out)
         if len(pairs) != geometry.layers:
             raise GeometryError("layers of the cache", got=len(pairs), expected=geometry.layers)
         places = []
@@ -133,42 +133,41 @@ class Target:
         return cls(tuple(places), geometry.dtype, devices.pop(), owners)
 
     @staticmethod
-    def _pairs(out: Any, axes: int) -> list[tuple[Tensor, Tensor]]:
-        if isinstance(out, (list, tuple)):
-            pairs = []
-            for pair in out:
-                if isinstance(pair, (list, tuple)) and len(pair) == 2:
-                    pairs.append((Tensor.of(pair[0]), Tensor.of(pair[1])))
-                    continue
-                both = Tensor.of(pair)
-                if len(both.shape) != axes - 1 or both.shape[0] != 2:
-                    raise GeometryError("cache of a layer", got=both.shape, expected="K and V")
-                pairs.append((both[0], both[1]))
-            return pairs
-        whole = Tensor.of(out)
-        if len(whole.shape) != axes or whole.shape[1] != 2:
-            expected = "(L, 2, B, H, N, C)" if axes == 6 else "(L, 2, T, H, C)"
-            raise GeometryError("shape of the cache", got=whole.shape, expected=expected)
-        return [(whole[layer][0], whole[layer][1]) for layer in range(whole.shape[0])]
+    def _pairs(out: Any) -> list[tuple[Tensor, Tensor]]:
+        if not isinstance(out, (list, tuple)):
+            whole = Tensor.of(out)
+            if len(whole.shape) < 2 or whole.shape[1] != 2:
+                raise GeometryError("shape of the cache", got=whole.shape, expected="(L, 2, ...)")
+            return [(whole[layer][0], whole[layer][1]) for layer in range(whole.shape[0])]
+        pairs = []
+        for pair in out:
+            if isinstance(pair, (list, tuple)):
+                if len(pair) != 2:
+                    raise GeometryError("cache of a layer", got=len(pair), expected="K and V")
+                pairs.append((Tensor.of(pair[0]), Tensor.of(pair[1])))
+                continue
+            both = Tensor.of(pair)
+            if len(both.shape) < 1 or both.shape[0] != 2:
+                raise GeometryError("cache of a layer", got=both.shape, expected="K and V")
+            pairs.append((both[0], both[1]))
+        return pairs
 
 
-def _place(
-    tensor: Tensor, geometry: Geometry, what: str, *, is_value: bool, paged: bool
-) -> Place:
+def _place(tensor: Tensor, geometry: Geometry, what: str, *, is_value: bool, paged: bool) -> Place:
     shape, strides = tensor.shape, tensor.strides
-    dim = geometry.plane_dim(is_value=is_value)
-    axes = 4 if paged else 3
-    expected = f"(B, {geometry.kv_heads}, N, {dim})" if paged else f"(T, {geometry.kv_heads}, {dim})"
-    if len(shape) != axes or shape[1] != geometry.kv_heads or shape[-1] != dim:
-        raise GeometryError(what, got=shape, expected=expected)
-    if dim > 1 and strides[-1] != 1:
-        raise GeometryError(what, got=f"strides {strides}", expected="channels side by side")
+    head = (geometry.kv_heads, geometry.plane_dim(is_value=is_value))
+    if len(shape) != 3 + paged or shape[-2:] != head:
+        first = ("blocks", "block size") if paged else ("tokens",)
+        raise GeometryError(what, got=shape, expected=(*first, *head))
+    if head[1] > 1 and strides[-1] != 1:
+        raise GeometryError(what, got=f"strides {strides}", expected="the last axis contiguous")
     if min(strides) < 0:
         raise GeometryError(what, got=f"strides {strides}", expected="none below 0")
     if tensor.dtype is not geometry.dtype:
         got = tensor.dtype.label if tensor.dtype else "another type"
-        raise DtypeError(what, got=got, expected=geometry.dtype.label)
+        remedy = "decode on the CPU, which converts, or keep the cache in the dtype that was stored"
+        raise DtypeError(what, got=got, expected=geometry.dtype.label, remedy=remedy)
     if paged:
-        slots = shape[0] * shape[2]
-        return Place(tensor.address, slots, max(shape[2], 1), strides[0], strides[2], strides[1])
+        blocks, size = shape[:2]
+        return Place(tensor.address, blocks * size, max(size, 1), strides[0], strides[1], strides[2])
     return Place(tensor.address, shape[0], 1, strides[0], 0, strides[1])

@@ -34,14 +34,14 @@ class Device(Protocol):
     def allocate(self, size_bytes: int, stream: Any) -> Memory:
         """Allot memory, 256-byte aligned, of any content."""
 
-    def upload(self, memory: Memory, data: NDArray[np.uint8], stream: Any) -> None:
-        """Copy bytes to the front of the memory."""
+    def upload(self, address: int, data: NDArray[np.uint8], stream: Any) -> None:
+        """Copy bytes to the device; they must stay until the stream has come so far."""
 
-    def download(self, memory: Memory, size_bytes: int, stream: Any) -> NDArray[np.uint8]:
-        """Wait for the stream and return the first bytes of the memory."""
+    def download(self, address: int, size_bytes: int, stream: Any) -> NDArray[np.uint8]:
+        """Wait for the stream and return bytes of the device."""
 
-    def zero(self, memory: Memory, size_bytes: int, stream: Any) -> None:
-        """Set the first bytes of the memory to 0."""
+    def zero(self, address: int, size_bytes: int, stream: Any) -> None:
+        """Set bytes of the device to 0."""
 
     def launch(self, kernel: str, grid: int, shared_bytes: int, argument: int, stream: Any) -> None:
         """Start a kernel with blocks of 128 threads."""
@@ -154,25 +154,23 @@ class CudaDevice:
     def allocate(self, size_bytes: int, stream: Any) -> CudaMemory:
         return CudaMemory(self, size_bytes, stream)
 
-    def upload(self, memory: Memory, data: NDArray[np.uint8], stream: Any) -> None:
+    def upload(self, address: int, data: NDArray[np.uint8], stream: Any) -> None:
         with self:
-            status = self.driver.cuMemcpyHtoDAsync(
-                memory.address, data.ctypes.data, data.nbytes, stream
-            )
+            status = self.driver.cuMemcpyHtoDAsync(address, data.ctypes.data, data.nbytes, stream)
             _check(status, "upload")
 
-    def download(self, memory: Memory, size_bytes: int, stream: Any) -> NDArray[np.uint8]:
+    def download(self, address: int, size_bytes: int, stream: Any) -> NDArray[np.uint8]:
         out = np.empty(size_bytes, np.uint8)
         with self:
             driver = self.driver
-            status = driver.cuMemcpyDtoHAsync(out.ctypes.data, memory.address, out.nbytes, stream)
+            status = driver.cuMemcpyDtoHAsync(out.ctypes.data, address, out.nbytes, stream)
             _check(status, "download")
             _check(driver.cuStreamSynchronize(stream), "kernels")
         return out
 
-    def zero(self, memory: Memory, size_bytes: int, stream: Any) -> None:
+    def zero(self, address: int, size_bytes: int, stream: Any) -> None:
         with self:
-            _check(self.driver.cuMemsetD8Async(memory.address, 0, size_bytes, stream), "memset")
+            _check(self.driver.cuMemsetD8Async(address, 0, size_bytes, stream), "memset")
 
     def launch(self, kernel: str, grid: int, shared_bytes: int, argument: int, stream: Any) -> None:
         config = self.core.LaunchConfig(grid=grid, block=THREADS, shmem_size=shared_bytes)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cachegen.errors import ConfigError
 from cachegen.native.cuda import cache, source
-from cachegen.native.cuda.device import THREADS, Memory
+from cachegen.native.cuda.device import THREADS
 
 _FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-DCACHEGEN_EMULATION")
 
@@ -83,17 +83,16 @@ class EmulatedDevice:
     def allocate(self, size_bytes: int, stream: Any) -> EmulatedMemory:
         return EmulatedMemory(size_bytes)
 
-    def upload(self, memory: Memory, data: NDArray[np.uint8], stream: Any) -> None:
-        assert isinstance(memory, EmulatedMemory)
-        memory.array[: data.nbytes] = data
+    def upload(self, address: int, data: NDArray[np.uint8], stream: Any) -> None:
+        ctypes.memmove(address, data.ctypes.data, data.nbytes)
 
-    def download(self, memory: Memory, size_bytes: int, stream: Any) -> NDArray[np.uint8]:
-        assert isinstance(memory, EmulatedMemory)
-        return memory.array[:size_bytes].copy()
+    def download(self, address: int, size_bytes: int, stream: Any) -> NDArray[np.uint8]:
+        out = np.empty(size_bytes, np.uint8)
+        ctypes.memmove(out.ctypes.data, address, size_bytes)
+        return out
 
-    def zero(self, memory: Memory, size_bytes: int, stream: Any) -> None:
-        assert isinstance(memory, EmulatedMemory)
-        memory.array[:size_bytes] = 0
+    def zero(self, address: int, size_bytes: int, stream: Any) -> None:
+        ctypes.memset(address, 0, size_bytes)
 
     def launch(self, kernel: str, grid: int, shared_bytes: int, argument: int, stream: Any) -> None:
         self.launches.append(kernel)

@@ -46,13 +46,14 @@ PASS = np.dtype([("body", U64), ("kind", U32), ("first_stream", U32)])
 MAX_PASSES = 6
 GROUP = np.dtype(
     [
-        *((name, U64) for name in ("classes", "constants", "means", "coefficients", "basis")),
+        *((name, U64) for name in ("classes", "constants", "means", "coefficients", "basis", "basis_low")),
         *((name, U64) for name in ("exempt_tokens", "exempt_rows")),
         ("passes", PASS, (MAX_PASSES,)),
         *((name, U32) for name in ("tokens", "channels", "places", "total_passes")),
         *((name, U32) for name in ("plane", "planes", "exempt")),
         ("step", "<f4"),
-        *((name, U32) for name in ("stride", "active", "error", "zero")),
+        *((name, U32) for name in ("stride", "active", "error")),
+        ("basis_scale", "<f4"),
     ]
 )
 SLOTS = np.dtype(
@@ -62,11 +63,7 @@ SLOTS = np.dtype(
         ("block_stride", "<i8"),
         ("slot_stride", "<i8"),
         ("slots", U64),
-        ("block_slots", U32),
-        ("tokens", U32),
-        ("first", U64),
-        ("error", U32),
-        ("zero", U32),
+        *((name, U32) for name in ("block_slots", "tokens", "error", "zero")),
     ]
 )
 ROPE = np.dtype(
@@ -155,7 +152,7 @@ def relocate(array: NDArray[Any], upload: int, work: int) -> None:
         kind = array.dtype[name]
         if kind.subdtype is not None:
             relocate(array[name], upload, work)
-        elif kind == np.uint64 and name not in ("slots", "first"):
+        elif kind == np.uint64 and name != "slots":
             field = array[name]
             base = np.where(field & UPLOAD, np.uint64(upload), np.uint64(0))
             base = base + np.where(field & WORK, np.uint64(work), np.uint64(0))
