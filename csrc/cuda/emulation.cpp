@@ -2,6 +2,7 @@
 // src/cachegen/native/cuda/emulation.py; one launch at a time.
 #include "emulation.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdlib>
@@ -32,7 +33,8 @@ struct Fibre {
     bool done;
     unsigned meetings;        // collectives of the warp that this lane has come to
     unsigned block_meetings;  // the same of the block
-    uint64_t values[2];       // what it gave at the last two
+    bool begun;
+    jmp_buf jump;
     void* fake_stack;
 };
 
@@ -40,7 +42,8 @@ struct Block {
     std::vector<Fibre> fibres;
     ucontext_t scheduler;
     unsigned running = 0;
-    uint64_t shared_values[32][2][32];  // by warp, by parity of the meeting
+    jmp_buf scheduler_jump;
+    Gift gifts[32][2][32];  // by warp, by parity of the meeting
     Kernel kernel = nullptr;
     uint64_t argument = 0;
     const void* scheduler_stack = nullptr;
@@ -56,8 +59,11 @@ void to_scheduler(bool last) {
                                    block.scheduler_size);
 #endif
     (void)last;
+#if !defined(__SANITIZE_ADDRESS__)
+    // Unlike swapcontext, these make no system calls.
+    if (!_setjmp(fibre.jump)) _longjmp(block.scheduler_jump, 1);
+#else
     swapcontext(&fibre.context, &block.scheduler);
-#if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(block.fibres[block.running].fake_stack, &block.scheduler_stack,
                                     &block.scheduler_size);
 #endif
@@ -78,10 +84,13 @@ void resume(unsigned index) {
     current = fibre.lane;
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&block.scheduler_fake, fibre.stack.get(), kStackBytes);
-#endif
     swapcontext(&block.scheduler, &fibre.context);
-#if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(block.scheduler_fake, nullptr, nullptr);
+#else
+    if (_setjmp(block.scheduler_jump)) return;
+    if (fibre.begun) _longjmp(fibre.jump, 1);
+    fibre.begun = true;
+    setcontext(&fibre.context);
 #endif
 }
 
@@ -100,13 +109,13 @@ bool has_met(unsigned first, unsigned last, unsigned index, bool whole_block) {
 
 }  // namespace
 
-const uint64_t* exchange(uint64_t value) {
+const Gift* exchange(const Gift& gift) {
     const unsigned index = block.running, warp = index / 32;
     Fibre& fibre = block.fibres[index];
     const unsigned parity = fibre.meetings++ & 1;
-    block.shared_values[warp][parity][index % 32] = value;
+    block.gifts[warp][parity][index % 32] = gift;
     while (!has_met(warp * 32, warp * 32 + 32, index, false)) to_scheduler(false);
-    return block.shared_values[warp][parity];
+    return block.gifts[warp][parity];
 }
 
 void wait_for_block() {
@@ -156,7 +165,7 @@ extern "C" int cachegen_emulate(const char* name, unsigned grid, unsigned thread
             Fibre& fibre = block.fibres[t];
             if (!fibre.stack) fibre.stack = std::make_unique<char[]>(kStackBytes);
             fibre.lane = Lane{t, b, reinterpret_cast<uint8_t*>(shared)};
-            fibre.done = false;
+            fibre.done = fibre.begun = false;
             fibre.meetings = fibre.block_meetings = 0;
             fibre.fake_stack = nullptr;
             getcontext(&fibre.context);

@@ -12,6 +12,7 @@
 #include "../float_bits.h"
 
 #define CACHEGEN_DEVICE inline
+#define CACHEGEN_CALLED static
 #define CACHEGEN_KERNEL(name) extern "C" void name
 
 struct uint2 {
@@ -34,8 +35,12 @@ struct Lane {
 };
 extern Lane current;
 
-// Give a value, wait for the other lanes of the warp, and see the values of all 32.
-const uint64_t* exchange(uint64_t value);
+// What a lane gives at a meeting.
+struct Gift {
+    uint32_t values[6];
+};
+// Give something, wait for the other lanes of the warp, and see what all 32 gave.
+const Gift* exchange(const Gift& gift);
 void wait_for_block();
 
 }  // namespace emulation
@@ -45,18 +50,18 @@ inline unsigned thread_index() { return emulation::current.thread; }
 inline unsigned block_index() { return emulation::current.block; }
 inline unsigned lane_index() { return emulation::current.thread & 31; }
 inline void sync_block() { emulation::wait_for_block(); }
-inline void sync_warp() { emulation::exchange(0); }
+inline void sync_warp() { emulation::exchange({}); }
 inline void prefetch(const void*) {}
 
 inline uint32_t ballot(bool vote) {
-    const uint64_t* const votes = emulation::exchange(vote);
+    const emulation::Gift* const votes = emulation::exchange({{vote}});
     uint32_t mask = 0;
-    for (unsigned lane = 0; lane < 32; ++lane) mask |= static_cast<uint32_t>(votes[lane]) << lane;
+    for (unsigned lane = 0; lane < 32; ++lane) mask |= votes[lane].values[0] << lane;
     return mask;
 }
 
 inline uint32_t shuffle(uint32_t value, unsigned lane) {
-    return static_cast<uint32_t>(emulation::exchange(value)[lane & 31]);
+    return emulation::exchange({{value}})[lane & 31].values[0];
 }
 
 inline unsigned count_bits(uint32_t bits) { return static_cast<unsigned>(std::popcount(bits)); }
@@ -82,23 +87,16 @@ inline float float16_value(uint32_t bits) {
 }
 
 inline void multiply_halves(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    uint32_t all_a[4][32], all_b[2][32];
-    for (unsigned i = 0; i < 4; ++i) {
-        const uint64_t* const values = emulation::exchange(a[i]);
-        for (unsigned lane = 0; lane < 32; ++lane) all_a[i][lane] = static_cast<uint32_t>(values[lane]);
-    }
-    for (unsigned i = 0; i < 2; ++i) {
-        const uint64_t* const values = emulation::exchange(b[i]);
-        for (unsigned lane = 0; lane < 32; ++lane) all_b[i][lane] = static_cast<uint32_t>(values[lane]);
-    }
+    const emulation::Gift* const all =
+        emulation::exchange({{a[0], a[1], a[2], a[3], b[0], b[1]}});
     const auto half = [](uint32_t two, unsigned k) { return float16_value(two >> 16 * (k & 1)); };
     for (unsigned i = 0; i < 4; ++i) {
         const unsigned row = lane_index() / 4, bottom = i / 2;
         const unsigned column = lane_index() % 4 * 2 + i % 2;
         for (unsigned k = 0; k < 16; ++k) {
             const unsigned pair = k % 8 / 2, high = k / 8;
-            d[i] += half(all_a[2 * high + bottom][row * 4 + pair], k) *
-                    half(all_b[high][column * 4 + pair], k);
+            d[i] += half(all[row * 4 + pair].values[2 * high + bottom], k) *
+                    half(all[column * 4 + pair].values[4 + high], k);
         }
     }
 }

@@ -18,17 +18,33 @@ struct Channel {
     uint32_t escape;
 };
 
+// Where the values of a warp go: the plane at hand.
+struct Sink {
+    Plane plane;
+    uint32_t index;      // of the plane
+    uint32_t plane_end;  // first channel behind it
+    uint32_t turns;      // pairs of channels that RoPE turns here, 0 for none
+    uint32_t zero;
+};
+
 // Shared memory of a warp: tables and channels of eight steps, and the first half of a head's
 // channels where RoPE will turn them with the second half.
 struct WarpMemory {
     Bucket coarse[kBlockSteps * 32];
     Bucket refine[kMaxPasses - 1][kBlockSteps * 8];
     Channel channels[kBlockSteps];
-    float first_half[1];  // half x 32, as much as the launch asked for
+    Sink sink;
+
+    CACHEGEN_DEVICE float* first_half() { return reinterpret_cast<float*>(this + 1); }
 };
 
-inline constexpr uint32_t kWarpBytes = 4736;  // without first_half
-static_assert(sizeof(WarpMemory) == kWarpBytes + 4);
+inline constexpr uint32_t kWarpBytes = 4816;  // the host asks for so many, and 128 a pair
+static_assert(sizeof(WarpMemory) == kWarpBytes);
+
+// Eight values of a lane, side by side.
+struct Eight {
+    float v[kBlockSteps];
+};
 
 CACHEGEN_DEVICE uint32_t model_of(uint32_t group_class, uint32_t below) {
     int row = static_cast<int>(group_class % kClasses) - 6 * static_cast<int>(below) - kLowestRow;
@@ -137,79 +153,90 @@ CACHEGEN_DEVICE void decode_block(const Group& group, Decoder (&decoders)[kPasse
     }
 }
 
+struct Escaped {
+    Values values;
+    uint32_t taken, wrong;
+};
+
 // Adds the escape bytes of pass 0 to its symbols.
-CACHEGEN_DEVICE void add_escapes(const Group& group, const Stream& stream, const WarpMemory& memory,
-                                 unsigned steps, bool active, uint32_t below, uint32_t& taken,
-                                 Values& values, uint32_t& wrong) {
-    const float coarse_step = power_of_3(group.total_passes - 1);
-    const uint8_t* const bytes = at_address<const uint8_t>(stream.base) + stream.escapes;
+CACHEGEN_CALLED Escaped add_escapes(uint64_t bytes, uint32_t count, float coarse_step,
+                                    const WarpMemory& memory, unsigned steps, bool active,
+                                    Escaped all) {
+    const uint32_t below = (1u << lane_index()) - 1;
 #pragma unroll
     for (unsigned i = 0; i < kBlockSteps; ++i) {
         if (i >= steps) continue;
-        const uint32_t symbol = values.coarse[i];
+        const uint32_t symbol = all.values.coarse[i];
         const bool escaped = active && symbol == memory.channels[i].escape;
-        const unsigned more = take_escape(escaped, below, bytes, taken, stream.escape_count, wrong);
+        const unsigned more = take_escape(escaped, below, at_address<const uint8_t>(bytes),
+                                          all.taken, count, all.wrong);
         if (!escaped) continue;
         const uint32_t whole = symbol + more;
-        if (whole > 2 * 127) wrong |= kBadSymbol;
-        values.edge[i] += small_float(((whole + 1) >> 1) - ((symbol + 1) >> 1)) * coarse_step;
-        values.negative = (values.negative & ~(1u << i)) | (whole & 1) << i;
+        if (whole > 2 * 127) all.wrong |= kBadSymbol;
+        const uint32_t magnitude = ((whole + 1) >> 1) - ((symbol + 1) >> 1);
+        all.values.edge[i] += small_float(magnitude) * coarse_step;
+        all.values.negative = (all.values.negative & ~(1u << i)) | (whole & 1) << i;
     }
+    return all;
 }
 
-// Where the values of a warp go, and the state that survives from one block to the next.
-struct Sink {
-    Plane plane;
-    uint32_t index;      // of the plane
-    uint32_t plane_end;  // first channel behind it
-    uint32_t turns;      // pairs of channels that RoPE turns here, 0 for none
-};
-
-CACHEGEN_DEVICE void enter_plane(const Launch& launch, const Group& group, uint32_t c, Sink& sink,
-                                 bool from_start) {
+CACHEGEN_DEVICE void enter_plane(const Launch& launch, uint32_t c, uint32_t from, Sink& sink) {
     const Plane* const planes = at_address<const Plane>(launch.planes);
-    uint32_t index = from_start ? group.plane : sink.index;
+    uint32_t index = from;
     while (c >= planes[index].first_channel + planes[index].heads * planes[index].dim) ++index;
-    sink.index = index;
-    sink.plane = planes[index];
-    sink.plane_end = sink.plane.first_channel + sink.plane.heads * sink.plane.dim;
-    sink.turns = sink.plane.rope ? sink.plane.half : 0;
+    const Plane plane = planes[index];
+    sync_warp();  // nobody reads the old plane any more
+    if (lane_index() == 0) {
+        sink.plane = plane;
+        sink.index = index;
+        sink.plane_end = plane.first_channel + plane.heads * plane.dim;
+        sink.turns = plane.rope ? plane.half : 0;
+    }
+    sync_warp();
 }
 
 // Values of several channels that are no whole block of eight of one head: one by one, no RoPE.
-CACHEGEN_DEVICE void store_each(const Launch& launch, const Group& group, Sink& sink, uint32_t c,
-                                unsigned steps, uint32_t token, const float (&v)[kBlockSteps]) {
+CACHEGEN_DEVICE void store_each(const Launch& launch, const Sink& sink, uint32_t c, unsigned steps,
+                                uint32_t token, const Eight& eight) {
+    const Plane* plane = at_address<const Plane>(launch.planes) + sink.index;
 #pragma unroll
     for (unsigned i = 0; i < kBlockSteps; ++i) {
         if (i >= steps) continue;
-        if (c + i >= sink.plane_end) enter_plane(launch, group, c + i, sink, false);
-        const uint32_t inside = c + i - sink.plane.first_channel;
-        const uint64_t row = row_address(sink.plane, token, inside / sink.plane.dim);
-        const float value = clamped(quotient(v[i], sink.plane.divisor), sink.plane.dtype);
+        while (c + i >= plane->first_channel + plane->heads * plane->dim) ++plane;
+        const uint32_t inside = c + i - plane->first_channel;
+        const uint64_t row = row_address(*plane, token, inside / plane->dim);
+        const float value = clamped(quotient(eight.v[i], plane->divisor), plane->dtype);
         if (row)
-            store_bits(row + inside % sink.plane.dim * size_of(sink.plane.dtype),
-                       bits_of(value, sink.plane.dtype), sink.plane.dtype);
+            store_bits(row + inside % plane->dim * size_of(plane->dtype),
+                       bits_of(value, plane->dtype), plane->dtype);
     }
 }
 
-CACHEGEN_DEVICE void finish_eight(const Plane& plane, uint64_t address, float (&v)[kBlockSteps]) {
+CACHEGEN_DEVICE void finish_eight(const Plane& plane, uint64_t address, Eight& eight) {
+    const uint32_t dtype = plane.dtype;
 #pragma unroll
-    for (unsigned i = 0; i < kBlockSteps; ++i) v[i] = clamped(v[i], plane.dtype);
+    for (unsigned i = 0; i < kBlockSteps; ++i) eight.v[i] = clamped(eight.v[i], dtype);
     if (address % 16 == 0) {
-        store_eight(address, v, plane.dtype);
+        store_eight(address, eight.v, dtype);
         return;
     }
 #pragma unroll
     for (unsigned i = 0; i < kBlockSteps; ++i)
-        store_bits(address + i * size_of(plane.dtype), bits_of(v[i], plane.dtype), plane.dtype);
+        store_bits(address + i * size_of(dtype), bits_of(eight.v[i], dtype), dtype);
 }
 
-// A whole block of eight channels of one head. Of channels that RoPE turns, the first half waits in
-// shared memory for its partners.
-CACHEGEN_DEVICE void store_block(const Sink& sink, uint32_t c, uint32_t token, bool active,
-                                 unsigned lane, uint32_t place, float* first_half,
-                                 float (&v)[kBlockSteps]) {
+// A block of channels. Of channels that RoPE turns, the first half of a head waits in shared memory
+// for its partners.
+CACHEGEN_CALLED void store_block(const Launch& launch, WarpMemory& memory, uint32_t c,
+                                 unsigned steps, uint32_t token, bool active, uint32_t place,
+                                 Eight eight) {
+    const Sink& sink = memory.sink;
     const Plane& plane = sink.plane;
+    if (steps != kBlockSteps || plane.dim % kBlockSteps) {
+        if (active) store_each(launch, sink, c, steps, token, eight);
+        return;
+    }
+    const unsigned lane = lane_index();
     const uint32_t inside = c - plane.first_channel;
     const uint32_t head = inside / plane.dim, d = inside % plane.dim;
     const unsigned size = size_of(plane.dtype);
@@ -217,37 +244,40 @@ CACHEGEN_DEVICE void store_block(const Sink& sink, uint32_t c, uint32_t token, b
     if (d >= 2 * sink.turns) {
         if (plane.divisor != 1) {
 #pragma unroll
-            for (unsigned i = 0; i < kBlockSteps; ++i) v[i] = quotient(v[i], plane.divisor);
+            for (unsigned i = 0; i < kBlockSteps; ++i)
+                eight.v[i] = quotient(eight.v[i], plane.divisor);
         }
-        if (row) finish_eight(plane, row + d * size, v);
+        if (row) finish_eight(plane, row + d * size, eight);
         return;
     }
+    float* const waiting = memory.first_half() + lane;
     if (d < sink.turns) {
 #pragma unroll
-        for (unsigned i = 0; i < kBlockSteps; ++i) first_half[(d + i) * kLanes + lane] = v[i];
+        for (unsigned i = 0; i < kBlockSteps; ++i) waiting[(d + i) * kLanes] = eight.v[i];
         return;
     }
     const uint32_t pair = d - sink.turns;
     const float2* const angles =
         at_address<const float2>(plane.rope) +
         (static_cast<uint64_t>(place) * plane.half + pair) * kLanes + lane;
-    float first[kBlockSteps];
+    Eight first;
 #pragma unroll
     for (unsigned i = 0; i < kBlockSteps; ++i) {
         const float2 angle = angles[i * kLanes];
-        const float a = first_half[(pair + i) * kLanes + lane];
-        first[i] = turned(a, v[i], angle, false);
-        v[i] = turned(v[i], a, angle, true);
+        const float a = waiting[(pair + i) * kLanes];
+        first.v[i] = turned(a, eight.v[i], angle, false);
+        eight.v[i] = turned(eight.v[i], a, angle, true);
     }
     if (!row) return;
     finish_eight(plane, row + pair * size, first);
-    finish_eight(plane, row + d * size, v);
+    finish_eight(plane, row + d * size, eight);
 }
 
 // Coefficients in finest steps: two halves, the rounded value and what rounding lost, side by side
 // in two matrices; without a basis floats that are finished but for RoPE.
-CACHEGEN_DEVICE void store_coefficients(const Group& group, uint32_t c, unsigned steps,
-                                        uint32_t token, const float (&v)[kBlockSteps]) {
+CACHEGEN_CALLED void store_coefficients(const Group& group, uint32_t c, unsigned steps,
+                                        uint32_t token, Eight eight) {
+    const float(&v)[kBlockSteps] = eight.v;
     const uint64_t at = static_cast<uint64_t>(token) * group.stride + c;
     if (!group.basis) {
         float* const out = at_address<float>(group.coefficients) + at;
@@ -293,8 +323,7 @@ CACHEGEN_DEVICE void decode_group(uint64_t address) {
         if (is_coded[j]) decoders[j].open(streams[group.passes[j].first_stream + stream.first], lane);
     }
     uint32_t wrong = 0, escapes_taken = 0, last_active = 0;
-    Sink sink{};
-    uint32_t current_place = 0xffffffffu;
+    uint32_t current_place = 0xffffffffu, plane_end = 0;
 
     for (uint32_t step = stream.begin_step; step < stream.end_step;) {
         const uint32_t place = step / group.channels, c = step % group.channels;
@@ -302,8 +331,10 @@ CACHEGEN_DEVICE void decode_group(uint64_t address) {
         const unsigned steps = min_of(left, kBlockSteps - c % kBlockSteps);
         const bool active = lane < lanes_at(group.tokens, group.places, place);
         const uint32_t token = lane * group.places + place;
-        if (place != current_place || c >= sink.plane_end) {
-            enter_plane(launch, group, c, sink, place != current_place);
+        if (place != current_place || c >= plane_end) {
+            const bool anew = place != current_place;
+            enter_plane(launch, c, anew ? group.plane : memory.sink.index, memory.sink);
+            plane_end = memory.sink.plane_end;
             current_place = place;
         }
 #pragma unroll
@@ -325,15 +356,22 @@ CACHEGEN_DEVICE void decode_group(uint64_t address) {
 #pragma unroll
             for (unsigned i = 0; i < kBlockSteps; ++i)
                 escaped |= active && i < steps && values.coarse[i] == memory.channels[i].escape;
-            if (ballot(escaped))
-                add_escapes(group, stream, memory, steps, active, below, escapes_taken, values, wrong);
+            if (ballot(escaped)) {
+                const Escaped all = add_escapes(stream.base + stream.escapes, stream.escape_count,
+                                                sizes[0], memory, steps, active,
+                                                Escaped{values, escapes_taken, wrong});
+                values = all.values;
+                escapes_taken = all.taken;
+                wrong = all.wrong;
+            }
         } else {
 #pragma unroll
             for (unsigned i = 0; i < kBlockSteps; ++i)
                 if (active && values.coarse[i] > 2 * 127) wrong |= kBadSymbol;
         }
 
-        float v[kBlockSteps];
+        Eight eight;
+        float(&v)[kBlockSteps] = eight.v;
 #pragma unroll
         for (unsigned i = 0; i < kBlockSteps; ++i) {
             const Channel& channel = memory.channels[i];
@@ -342,20 +380,15 @@ CACHEGEN_DEVICE void decode_group(uint64_t address) {
             if (values.negative >> i & 1) v[i] = -v[i];
         }
         if (active && values.significant && c + steps > last_active) last_active = c + steps;
-        if (group.basis) {
-            if (active) store_coefficients(group, c, steps, token, v);
-        } else {
+        if (!group.basis) {
 #pragma unroll
             for (unsigned i = 0; i < kBlockSteps; ++i)
                 v[i] = sum(product(v[i], group.step), memory.channels[i].mean);
-            if (group.coefficients) {
-                if (active) store_coefficients(group, c, steps, token, v);
-            } else if (steps == kBlockSteps && sink.plane.dim % kBlockSteps == 0) {
-                store_block(sink, c, token, active, lane, place, memory.first_half, v);
-            } else if (active) {
-                store_each(launch, group, sink, c, steps, token, v);
-            }
         }
+        if (!group.coefficients)
+            store_block(launch, memory, c, steps, token, active, place, eight);
+        else if (active)
+            store_coefficients(group, c, steps, token, eight);
         step += steps;
     }
 #pragma unroll

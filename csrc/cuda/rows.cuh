@@ -109,7 +109,9 @@ CACHEGEN_KERNEL(decode_rows)(uint64_t address) {
         }
         const uint32_t token = token_of_row(matrix, row);
         float values[kBlockSteps];
-        for (unsigned i = 0; i < steps; ++i) {
+#pragma unroll
+        for (unsigned i = 0; i < kBlockSteps; ++i) {
+            if (i >= steps) continue;
             const uint32_t channel = c + i;
             unsigned symbol = symbols[i];
             const uint64_t at = static_cast<uint64_t>(row) * matrix.channels + channel;
@@ -141,7 +143,9 @@ CACHEGEN_KERNEL(decode_rows)(uint64_t address) {
         if (active) {
             float scale = 0;
             uint32_t scale_of = 0xffffffffu;
-            for (unsigned i = 0; i < steps; ++i) {
+#pragma unroll
+            for (unsigned i = 0; i < kBlockSteps; ++i) {
+                if (i >= steps) continue;
                 const uint32_t wanted = (c + i) / matrix.scale_width;
                 if (wanted != scale_of) {
                     const uint64_t at = static_cast<uint64_t>(row) *
@@ -163,13 +167,15 @@ CACHEGEN_KERNEL(decode_rows)(uint64_t address) {
                     if (out % 16 == 0) {
                         store_eight(out, values, plane.dtype);
                     } else {
-                        for (unsigned i = 0; i < steps; ++i)
+#pragma unroll
+                        for (unsigned i = 0; i < kBlockSteps; ++i)
                             store_bits(out + i * size_of(plane.dtype), bits_of(values[i], plane.dtype), plane.dtype);
                     }
                 }
             } else {
-                for (unsigned i = 0; i < steps; ++i)
-                    store_value(matrix, plane, row, token, c + i, values[i]);
+#pragma unroll
+                for (unsigned i = 0; i < kBlockSteps; ++i)
+                    if (i < steps) store_value(matrix, plane, row, token, c + i, values[i]);
             }
         }
         step += steps;

@@ -22,6 +22,8 @@ using uint64_t = unsigned long long;
 #endif
 
 #define CACHEGEN_DEVICE __device__ __forceinline__
+// Once in the program, called: for what runs rarely enough and is large.
+#define CACHEGEN_CALLED static __device__ __noinline__
 #define CACHEGEN_KERNEL(name) extern "C" __global__ void __launch_bounds__(128) name
 
 namespace cachegen {

@@ -18,6 +18,7 @@ from cachegen.types import Array, RopeSpec
 
 LANES = 32
 WARPS = 4
+WARP_BYTES = 4816  # kWarpBytes of progressive.cuh
 ROW_SHARED_BYTES = WARPS * 8 * 32 * plan.BUCKET_BYTES
 MAX_GRID_SHARE = 256
 
@@ -226,7 +227,7 @@ class Batch:
             one["streams"] = job.structs(plan.STREAM, [part for parts in by_pass for part in parts])
             one["count"] = count = sum(len(part) for part in by_pass[0])
             one["extra"] = self.max_half
-            shared = WARPS * (4736 + self.max_half * LANES * 4)
+            shared = WARPS * (WARP_BYTES + self.max_half * LANES * 4)
             job.launch(f"decode_progressive_{passes}", -(-count // WARPS), one, shared)
         if self.tiles:
             one = record.copy()

@@ -20,7 +20,7 @@ from cachegen.errors import ConfigError
 from cachegen.native.cuda import cache, source
 from cachegen.native.cuda.device import THREADS
 
-_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-DCACHEGEN_EMULATION")
+_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-DCACHEGEN_EMULATION")
 
 
 def compiler() -> str | None:
