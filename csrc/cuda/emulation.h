@@ -52,6 +52,7 @@ inline unsigned lane_index() { return emulation::current.thread & 31; }
 inline void sync_block() { emulation::wait_for_block(); }
 inline void sync_warp() { emulation::exchange({}); }
 inline void prefetch(const void*) {}
+inline uint32_t load_word(const uint16_t* at) { return *at; }
 
 inline uint32_t ballot(bool vote) {
     const emulation::Gift* const votes = emulation::exchange({{vote}});

@@ -138,13 +138,13 @@ CACHEGEN_DEVICE void decode_block(const Group& group, Decoder (&decoders)[kPasse
                 digit = packed_symbol(group.passes[j].body, 2, count, at);
             }
             if (digit > 2) wrong |= active ? kBadSymbol : 0;
-            if (significant) {
-                edge += small_float(digit) * (late ? 2 * kDeadZone * step : step);
-            } else if (digit != 1) {
-                significant = late = true;
-                negative = digit == 0;
-                edge = kDeadZone * step;
-            }
+            // Choices and no branches: lanes differ.
+            const bool fresh = !significant && digit != 1;
+            const float cut = edge + small_float(digit) * (late ? 2 * kDeadZone * step : step);
+            edge = significant ? cut : kDeadZone * step;
+            negative = fresh ? digit == 0 : negative;
+            late |= fresh;
+            significant |= fresh;
         }
         values.edge[i] = edge;
         values.significant |= static_cast<uint32_t>(significant) << i;

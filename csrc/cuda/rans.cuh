@@ -63,7 +63,7 @@ struct Decoder {
     CACHEGEN_DEVICE void refill(bool active, uint32_t below) {
         const bool hungry = active && state < kStateMin;
         const uint32_t mask = ballot(hungry);
-        if (hungry) state = state << 16 | words[next + count_bits(mask & below)];
+        if (hungry) state = state << 16 | load_word(words + next + count_bits(mask & below));
         next += count_bits(mask);
     }
 
@@ -98,7 +98,7 @@ CACHEGEN_DEVICE unsigned bit_of(const uint8_t* plane, uint64_t bit) {
 }
 
 // A symbol of a packed segment of `count` symbols.
-CACHEGEN_DEVICE unsigned packed_symbol(uint64_t body, unsigned bits, uint64_t count, uint64_t at) {
+CACHEGEN_CALLED unsigned packed_symbol(uint64_t body, unsigned bits, uint64_t count, uint64_t at) {
     const uint8_t* const planes = at_address<const uint8_t>(body);
     const uint64_t plane_bytes = (count + 7) / 8;
     unsigned symbol = 0;

@@ -47,6 +47,7 @@ CACHEGEN_DEVICE uint32_t shuffle(uint32_t value, unsigned lane) {
 }
 CACHEGEN_DEVICE void sync_warp() { __threadfence_block(); }
 CACHEGEN_DEVICE void prefetch(const void*) {}
+CACHEGEN_DEVICE uint32_t load_word(const uint16_t* at) { return *at; }
 #else
 CACHEGEN_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
 CACHEGEN_DEVICE uint32_t shuffle(uint32_t value, unsigned lane) {
@@ -55,6 +56,12 @@ CACHEGEN_DEVICE uint32_t shuffle(uint32_t value, unsigned lane) {
 CACHEGEN_DEVICE void sync_warp() { __syncwarp(); }
 CACHEGEN_DEVICE void prefetch(const void* at) {
     asm volatile("prefetch.global.L1 [%0];" ::"l"(at));
+}
+// Of memory that no kernel writes.
+CACHEGEN_DEVICE uint32_t load_word(const uint16_t* at) {
+    uint16_t word;
+    asm("ld.global.nc.u16 %0, [%1];" : "=h"(word) : "l"(at));
+    return word;
 }
 #endif
 
