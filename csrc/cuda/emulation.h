@@ -13,6 +13,7 @@
 
 #define CACHEGEN_DEVICE inline
 #define CACHEGEN_CALLED static
+#define CACHEGEN_UNROLL
 #define CACHEGEN_KERNEL(name) extern "C" void name
 
 struct uint2 {

@@ -16,6 +16,7 @@ struct Tile {
     uint32_t first_channel, width;  // in the group
     uint32_t first_token, zero;
 };
+static_assert(sizeof(Tile) == 24);
 
 // What 128 threads carry from global to shared memory for one depth of 32 components: 16 bytes at a
 // time, 4 of them a row.
@@ -93,14 +94,14 @@ CACHEGEN_KERNEL(transform_back)(uint64_t address) {
         }
         sync_block();
         if (depth + kTileDepth < depth_end) parts = load_tile(group, tile, depth + kTileDepth);
-#pragma unroll
+CACHEGEN_UNROLL
         for (unsigned k = 0; k < kTileDepth; k += 16) {
             const unsigned column = k + lane % 4 * 2;
             uint32_t a[2][2][4];
-#pragma unroll
+CACHEGEN_UNROLL
             for (unsigned m = 0; m < 2; ++m) {
                 const unsigned r = first_row + m * 16 + lane / 4;
-#pragma unroll
+CACHEGEN_UNROLL
                 for (unsigned which = 0; which < 2; ++which) {
                     const uint16_t* const from = which ? low : high;
                     a[m][which][0] = pair_at(from, r, column);
@@ -109,11 +110,11 @@ CACHEGEN_KERNEL(transform_back)(uint64_t address) {
                     a[m][which][3] = pair_at(from, r + 8, column + 8);
                 }
             }
-#pragma unroll
+CACHEGEN_UNROLL
             for (unsigned n = 0; n < 8; ++n) {
                 const unsigned r = first_column + n * 8 + lane / 4;
                 const uint32_t b[2] = {pair_at(basis, r, column), pair_at(basis, r, column + 8)};
-#pragma unroll
+CACHEGEN_UNROLL
                 for (unsigned m = 0; m < 2; ++m) {
                     multiply_halves(sums[m][n], a[m][1], b);
                     multiply_halves(sums[m][n], a[m][0], b);
@@ -121,7 +122,7 @@ CACHEGEN_KERNEL(transform_back)(uint64_t address) {
                 if (!has_low) continue;
                 const uint32_t rest[2] = {pair_at(basis_low, r, column),
                                           pair_at(basis_low, r, column + 8)};
-#pragma unroll
+CACHEGEN_UNROLL
                 for (unsigned m = 0; m < 2; ++m) multiply_halves(sums[m][n], a[m][0], rest);
             }
         }
@@ -129,11 +130,11 @@ CACHEGEN_KERNEL(transform_back)(uint64_t address) {
 
     sync_block();
     float* const out = reinterpret_cast<float*>(block_shared());
-#pragma unroll
+CACHEGEN_UNROLL
     for (unsigned m = 0; m < 2; ++m)
-#pragma unroll
+CACHEGEN_UNROLL
         for (unsigned n = 0; n < 8; ++n)
-#pragma unroll
+CACHEGEN_UNROLL
             for (unsigned i = 0; i < 4; ++i) {
                 const unsigned r = first_row + m * 16 + lane / 4 + i / 2 * 8;
                 const unsigned c = first_column + n * 8 + lane % 4 * 2 + i % 2;

@@ -75,15 +75,15 @@ CACHEGEN_DEVICE void load_block(const Launch& launch, const Group& group, uint32
         memory.channels[lane] = Channel{add.x, add.y, mean, escape};
     }
     const Bucket* const coarse = at_address<const Bucket>(launch.coarse);
-#pragma unroll
+CACHEGEN_UNROLL
     for (unsigned i = 0; i < kBlockSteps; ++i)
         memory.coarse[i * 32 + lane] = coarse[shuffle(coarse_model, i) * 32 + lane];
     // Both contexts of a refinement are 8 buckets, so 32 lanes load those of four channels.
     const Bucket* const refine = at_address<const Bucket>(launch.refine);
-#pragma unroll
+CACHEGEN_UNROLL
     for (unsigned j = 1; j < kPasses; ++j) {
         const uint32_t model = model_of(group_class, group.total_passes - 1 - j);
-#pragma unroll
+CACHEGEN_UNROLL
         for (unsigned half = 0; half < 2; ++half) {
             const uint32_t row = shuffle(model, half * 4 + lane / 8);
             memory.refine[j - 1][half * 32 + lane] = refine[row * 8 + lane % 8];
@@ -107,7 +107,7 @@ CACHEGEN_DEVICE void decode_block(const Group& group, Decoder (&decoders)[kPasse
                                   uint32_t& wrong) {
     values.significant = values.late = values.negative = 0;
     const uint64_t count = static_cast<uint64_t>(group.tokens) * group.channels;
-#pragma unroll
+CACHEGEN_UNROLL
     for (unsigned i = 0; i < kBlockSteps; ++i) {
         values.edge[i] = 0;
         values.coarse[i] = 0;
@@ -125,7 +125,7 @@ CACHEGEN_DEVICE void decode_block(const Group& group, Decoder (&decoders)[kPasse
         values.coarse[i] = symbol;
         bool significant = symbol != 0, late = false, negative = symbol & 1;
         float edge = (small_float((symbol + 1) >> 1) - (1 - kDeadZone)) * sizes[0];
-#pragma unroll
+CACHEGEN_UNROLL
         for (unsigned j = 1; j < kPasses; ++j) {
             const float step = sizes[j];
             uint32_t digit = 1;
@@ -163,7 +163,7 @@ CACHEGEN_CALLED Escaped add_escapes(uint64_t bytes, uint32_t count, float coarse
                                     const WarpMemory& memory, unsigned steps, bool active,
                                     Escaped all) {
     const uint32_t below = (1u << lane_index()) - 1;
-#pragma unroll
+CACHEGEN_UNROLL
     for (unsigned i = 0; i < kBlockSteps; ++i) {
         if (i >= steps) continue;
         const uint32_t symbol = all.values.coarse[i];
@@ -199,7 +199,7 @@ CACHEGEN_DEVICE void enter_plane(const Launch& launch, uint32_t c, uint32_t from
 CACHEGEN_DEVICE void store_each(const Launch& launch, const Sink& sink, uint32_t c, unsigned steps,
                                 uint32_t token, const Eight& eight) {
     const Plane* plane = at_address<const Plane>(launch.planes) + sink.index;
-#pragma unroll
+CACHEGEN_UNROLL
     for (unsigned i = 0; i < kBlockSteps; ++i) {
         if (i >= steps) continue;
         while (c + i >= plane->first_channel + plane->heads * plane->dim) ++plane;
@@ -214,13 +214,13 @@ CACHEGEN_DEVICE void store_each(const Launch& launch, const Sink& sink, uint32_t
 
 CACHEGEN_DEVICE void finish_eight(const Plane& plane, uint64_t address, Eight& eight) {
     const uint32_t dtype = plane.dtype;
-#pragma unroll
+CACHEGEN_UNROLL
     for (unsigned i = 0; i < kBlockSteps; ++i) eight.v[i] = clamped(eight.v[i], dtype);
     if (address % 16 == 0) {
         store_eight(address, eight.v, dtype);
         return;
     }
-#pragma unroll
+CACHEGEN_UNROLL
     for (unsigned i = 0; i < kBlockSteps; ++i)
         store_bits(address + i * size_of(dtype), bits_of(eight.v[i], dtype), dtype);
 }
@@ -243,7 +243,7 @@ CACHEGEN_CALLED void store_block(const Launch& launch, WarpMemory& memory, uint3
     const uint64_t row = active ? row_address(plane, token, head) : 0;
     if (d >= 2 * sink.turns) {
         if (plane.divisor != 1) {
-#pragma unroll
+CACHEGEN_UNROLL
             for (unsigned i = 0; i < kBlockSteps; ++i)
                 eight.v[i] = quotient(eight.v[i], plane.divisor);
         }
@@ -252,7 +252,7 @@ CACHEGEN_CALLED void store_block(const Launch& launch, WarpMemory& memory, uint3
     }
     float* const waiting = memory.first_half() + lane;
     if (d < sink.turns) {
-#pragma unroll
+CACHEGEN_UNROLL
         for (unsigned i = 0; i < kBlockSteps; ++i) waiting[(d + i) * kLanes] = eight.v[i];
         return;
     }
@@ -261,7 +261,7 @@ CACHEGEN_CALLED void store_block(const Launch& launch, WarpMemory& memory, uint3
         at_address<const float2>(plane.rope) +
         (static_cast<uint64_t>(place) * plane.half + pair) * kLanes + lane;
     Eight first;
-#pragma unroll
+CACHEGEN_UNROLL
     for (unsigned i = 0; i < kBlockSteps; ++i) {
         const float2 angle = angles[i * kLanes];
         const float a = waiting[(pair + i) * kLanes];
@@ -281,7 +281,7 @@ CACHEGEN_CALLED void store_coefficients(const Group& group, uint32_t c, unsigned
     const uint64_t at = static_cast<uint64_t>(token) * group.stride + c;
     if (!group.basis) {
         float* const out = at_address<float>(group.coefficients) + at;
-#pragma unroll
+CACHEGEN_UNROLL
         for (unsigned i = 0; i < kBlockSteps; ++i)
             if (i < steps) out[i] = v[i];
         return;
@@ -289,7 +289,7 @@ CACHEGEN_CALLED void store_coefficients(const Group& group, uint32_t c, unsigned
     uint16_t* const high = at_address<uint16_t>(group.coefficients) + at;
     uint16_t* const low = high + static_cast<uint64_t>(group.tokens) * group.stride;
     float rounded[kBlockSteps], lost[kBlockSteps];
-#pragma unroll
+CACHEGEN_UNROLL
     for (unsigned i = 0; i < kBlockSteps; ++i) {
         rounded[i] = i < steps ? v[i] : 0.0f;
         lost[i] = rounded[i] - float16_value(float16_pair(rounded[i], 0.0f) & 0xffff);
@@ -315,7 +315,7 @@ CACHEGEN_DEVICE void decode_group(uint64_t address) {
     Decoder decoders[kPasses];
     bool is_coded[kPasses];
     float sizes[kPasses];  // the step of each pass, in finest steps
-#pragma unroll
+CACHEGEN_UNROLL
     for (unsigned j = 0; j < kPasses; ++j) {
         sizes[j] = power_of_3(group.total_passes - 1 - j);
         is_coded[j] = group.passes[j].kind == kRans;
@@ -337,7 +337,7 @@ CACHEGEN_DEVICE void decode_group(uint64_t address) {
             plane_end = memory.sink.plane_end;
             current_place = place;
         }
-#pragma unroll
+CACHEGEN_UNROLL
         for (unsigned j = 0; j < kPasses; ++j) decoders[j].look_ahead(lane);
         sync_warp();
         load_block<kPasses>(launch, group, c, steps, lane, memory);
@@ -346,14 +346,14 @@ CACHEGEN_DEVICE void decode_group(uint64_t address) {
         Values values;
         decode_block<kPasses>(group, decoders, is_coded, sizes, memory, token, c, steps, active, below, values, wrong);
         bool starved = false, escaped = false;
-#pragma unroll
+CACHEGEN_UNROLL
         for (unsigned j = 0; j < kPasses; ++j) starved |= decoders[j].starved();
         if (starved) {
             wrong |= kBadStream;
             break;
         }
         if (is_coded[0]) {
-#pragma unroll
+CACHEGEN_UNROLL
             for (unsigned i = 0; i < kBlockSteps; ++i)
                 escaped |= active && i < steps && values.coarse[i] == memory.channels[i].escape;
             if (ballot(escaped)) {
@@ -365,14 +365,14 @@ CACHEGEN_DEVICE void decode_group(uint64_t address) {
                 wrong = all.wrong;
             }
         } else {
-#pragma unroll
+CACHEGEN_UNROLL
             for (unsigned i = 0; i < kBlockSteps; ++i)
                 if (active && values.coarse[i] > 2 * 127) wrong |= kBadSymbol;
         }
 
         Eight eight;
         float(&v)[kBlockSteps] = eight.v;
-#pragma unroll
+CACHEGEN_UNROLL
         for (unsigned i = 0; i < kBlockSteps; ++i) {
             const Channel& channel = memory.channels[i];
             const float size = values.edge[i] + (values.late >> i & 1 ? channel.late : channel.early);
@@ -381,7 +381,7 @@ CACHEGEN_DEVICE void decode_group(uint64_t address) {
         }
         if (active && values.significant && c + steps > last_active) last_active = c + steps;
         if (!group.basis) {
-#pragma unroll
+CACHEGEN_UNROLL
             for (unsigned i = 0; i < kBlockSteps; ++i)
                 v[i] = sum(product(v[i], group.step), memory.channels[i].mean);
         }
@@ -391,7 +391,7 @@ CACHEGEN_DEVICE void decode_group(uint64_t address) {
             store_coefficients(group, c, steps, token, eight);
         step += steps;
     }
-#pragma unroll
+CACHEGEN_UNROLL
     for (unsigned j = 0; j < kPasses; ++j) {
         if (!is_coded[j]) continue;
         decoders[j].close(lane < stream.lanes);

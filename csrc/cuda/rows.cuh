@@ -32,7 +32,7 @@ CACHEGEN_DEVICE void load_tables(const Matrix& matrix, uint32_t channel, unsigne
 template <unsigned K>
 CACHEGEN_DEVICE void decode_steps(Decoder& decoder, const Bucket* tile, unsigned steps, bool active,
                                   uint32_t below, unsigned (&symbols)[kBlockSteps]) {
-#pragma unroll
+CACHEGEN_UNROLL
     for (unsigned i = 0; i < kBlockSteps; ++i) {
         if (i < steps) {
             uint32_t state = decoder.state;
@@ -109,7 +109,7 @@ CACHEGEN_KERNEL(decode_rows)(uint64_t address) {
         }
         const uint32_t token = token_of_row(matrix, row);
         float values[kBlockSteps];
-#pragma unroll
+CACHEGEN_UNROLL
         for (unsigned i = 0; i < kBlockSteps; ++i) {
             if (i >= steps) continue;
             const uint32_t channel = c + i;
@@ -143,7 +143,7 @@ CACHEGEN_KERNEL(decode_rows)(uint64_t address) {
         if (active) {
             float scale = 0;
             uint32_t scale_of = 0xffffffffu;
-#pragma unroll
+CACHEGEN_UNROLL
             for (unsigned i = 0; i < kBlockSteps; ++i) {
                 if (i >= steps) continue;
                 const uint32_t wanted = (c + i) / matrix.scale_width;
@@ -167,13 +167,13 @@ CACHEGEN_KERNEL(decode_rows)(uint64_t address) {
                     if (out % 16 == 0) {
                         store_eight(out, values, plane.dtype);
                     } else {
-#pragma unroll
+CACHEGEN_UNROLL
                         for (unsigned i = 0; i < kBlockSteps; ++i)
                             store_bits(out + i * size_of(plane.dtype), bits_of(values[i], plane.dtype), plane.dtype);
                     }
                 }
             } else {
-#pragma unroll
+CACHEGEN_UNROLL
                 for (unsigned i = 0; i < kBlockSteps; ++i)
                     if (i < steps) store_value(matrix, plane, row, token, c + i, values[i]);
             }

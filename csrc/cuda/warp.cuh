@@ -22,6 +22,12 @@ using uint64_t = unsigned long long;
 #endif
 
 #define CACHEGEN_DEVICE __device__ __forceinline__
+// Tests that only ask whether a compiler takes the source define CACHEGEN_SMALL.
+#if defined(CACHEGEN_SMALL)
+#define CACHEGEN_UNROLL _Pragma("unroll 1")
+#else
+#define CACHEGEN_UNROLL _Pragma("unroll")
+#endif
 // Once in the program, called: for what runs rarely enough and is large.
 #define CACHEGEN_CALLED static __device__ __noinline__
 #define CACHEGEN_KERNEL(name) extern "C" __global__ void __launch_bounds__(128) name

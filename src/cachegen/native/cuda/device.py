@@ -47,16 +47,18 @@ class Device(Protocol):
         """Start a kernel with blocks of 128 threads."""
 
 
-def compile_cubin(target: str) -> Path:
+def compile_cubin(target: str, *, small: bool = False) -> Path:
     """Compile all kernels for a target such as ``"sm_90"`` by NVRTC, or find them compiled.
 
+    small: without unrolled loops, slow but compiled in seconds; for tests of the source.
     Returns: the file of the machine code. Raises: ConfigError if ``cuda.core`` is not installed.
     """
     core = load_core()
+    macros = {"define_macro": "CACHEGEN_SMALL"} if small else {}
     options = core.ProgramOptions(
-        arch=target, std="c++17", device_as_default_execution_space=True
+        arch=target, std="c++17", device_as_default_execution_space=True, **macros
     )
-    name = f"{source.digest(target, str(core.__version__))}.cubin"
+    name = f"{source.digest(target, str(small), str(core.__version__))}.cubin"
 
     def make(path: Path) -> None:
         program = core.Program(source.joined_source(), "c++", options)
