@@ -170,4 +170,48 @@ const InverseTable* Tables::inverse(unsigned buckets) const {
     return all.inverse.data();
 }
 
+const CoarseTable* Tables::coarse() const {
+    std::call_once(coarse_once_, [&] {
+        const AliasTable* const tables = alias(32);
+        std::vector<CoarseTable> all(count());
+        for (size_t n = 0; n < count(); ++n) {
+            for (unsigned b = 0; b < 32; ++b) {
+                all[n].threshold[b] = tables[n].threshold[b];
+                all[n].other[b] = tables[n].symbol[b + 32];
+                all[n].own_bias[b] = tables[n].bias[b];
+                all[n].other_bias[b] = tables[n].bias[b + 32];
+                all[n].freq[b] = tables[n].freq[b];
+                all[n].escape[b] = escapes_[n];
+            }
+        }
+        coarse_ = std::move(all);
+    });
+    return coarse_.data();
+}
+
+const RefineTable* Tables::refine() const {
+    std::call_once(refine_once_, [&] {
+        const AliasTable* const tables = alias(kContextBuckets);
+        std::vector<RefineTable> all(count() / 2);
+        for (size_t n = 0; n < all.size(); ++n) {
+            for (int sign = -1; sign <= 1; ++sign) {
+                const AliasTable& from = tables[2 * n + (sign != 0)];
+                for (unsigned part = 0; part < 2 * kContextBuckets; ++part) {
+                    const unsigned bucket = part % kContextBuckets;
+                    const bool is_other = part >= kContextBuckets;
+                    const auto at = (static_cast<unsigned>(4 * sign) + bucket + 16 * is_other) % 32;
+                    if (!is_other) all[n].threshold[at] = from.threshold[bucket];
+                    all[n].freq[at] = from.freq[part];
+                    all[n].bias[at] = from.bias[part];
+                    const int digit = from.symbol[part];
+                    all[n].change[at] =
+                        static_cast<uint16_t>(sign == 0 ? digit - 1 : sign * digit);
+                }
+            }
+        }
+        refine_ = std::move(all);
+    });
+    return refine_.data();
+}
+
 }  // namespace cachegen

@@ -44,6 +44,23 @@ static_assert(sizeof(InverseTable) == 512);
 // less than 7 * 2^-24 * x / freq < 1/2 below it: cut to an integer it is the quotient or one less.
 inline constexpr double kReciprocalFactor = 1 - 0x1p-22;
 
+// The tables of `progressive` once more for its fused decoders, as whole registers (see
+// docs/fused-decode.md). Pass 0, K = 32:
+struct alignas(64) CoarseTable {
+    uint16_t threshold[32];   // T[b]
+    uint16_t other[32];       // symbol of the other part; the own part of bucket b has symbol b
+    uint16_t freq[32];        // by symbol
+    uint16_t own_bias[32];    // B of the own parts
+    uint16_t other_bias[32];  // B of the others
+    uint16_t escape[32];      // the escape index, over and over
+};
+// A later pass, both contexts: bucket b of a value that is zero, positive or negative so far is
+// entry b, 4 + b or 28 + b (that is, b - 4), its other part 16 entries on, modulo 32.
+struct alignas(64) RefineTable {
+    uint16_t threshold[32], freq[32], bias[32];
+    uint16_t change[32];  // what the digit adds to three times the value, modulo 2^16
+};
+
 // The models of a segment. What it shows never changes, so threads may share one.
 class Tables {
 public:
@@ -65,6 +82,11 @@ public:
     const AliasTable* alias(unsigned buckets) const;
     const InverseTable* inverse(unsigned buckets) const;
 
+    // For the fused decoders, if this is the table set of pass 0 (K = 32, all with an escape
+    // index) or of later passes (pairs of models with 3 symbols).
+    const CoarseTable* coarse() const;
+    const RefineTable* refine() const;
+
 private:
     struct Built {
         std::once_flag alias_once, inverse_once;
@@ -80,6 +102,9 @@ private:
     std::vector<uint16_t> freqs_;  // rows of alphabet_
     std::vector<uint8_t> escapes_;
     mutable Built plain_, with_contexts_;
+    mutable std::once_flag coarse_once_, refine_once_;
+    mutable std::vector<CoarseTable> coarse_;
+    mutable std::vector<RefineTable> refine_;
 };
 
 }  // namespace cachegen

@@ -29,6 +29,9 @@ struct DecodeRun {
     const uint16_t* models;   // one model index per step
     const uint8_t* contexts;  // a block, each 0 or 1, or null; with them K = 4
     uint8_t* symbols;         // a block; idle lanes hold anything afterwards
+    int16_t* values;          // a block of values instead, for decode_coarse and decode_refine
+    uint32_t* escaped;        // written by decode_coarse, one per step: lanes with the escape index
+    int late_below;           // for decode_refine itself
     unsigned lanes;           // active ones, 1 to 32
     bool starved;             // set by the kernel when a word was missing
 };
@@ -62,6 +65,14 @@ struct Kernels {
     void (*gather)(const uint8_t* first_row, size_t stride, unsigned lanes, size_t steps,
                    uint8_t* block);
 
+    // The same for `progressive`, from words to values at once; null where a backend does it in two
+    // steps. decode_refine changes values in place; late_below: 3^k before the pass, and its models
+    // are those of context 0.
+    void (*decode_coarse)(const CoarseTable* tables, DecodeRun* const* runs, size_t count,
+                          size_t steps);
+    void (*decode_refine)(const RefineTable* tables, int late_below, DecodeRun* const* runs,
+                          size_t count, size_t steps);
+
     // Bit l of found[s]: whether byte l of row s of a block is wanted[s].
     void (*find_bytes)(const uint8_t* block, const uint8_t* wanted, size_t steps, uint32_t* found);
 
@@ -70,6 +81,11 @@ struct Kernels {
     void (*value_contexts)(const int16_t* values, size_t steps, uint8_t* contexts);
     void (*refine_values)(const uint8_t* digits, int late_below, size_t steps, int16_t* values);
     void (*finish_unit[kKVTypes])(const UnitJob& job);
+    // Fills a row of UnitJob::lookup for each row of a job, of which values are not read.
+    void (*fill_lookup[kKVTypes])(const UnitJob& job, void* lookup);
+    void (*scale_rows)(const UnitJob& job, float* out, size_t stride, uint8_t* used);
+    void (*finish_row[kKVTypes])(const RowsJob& job);
+    const uint8_t* angle_lanes;  // kLanes: which lane each entry of a row of cos and sin is for
 
     // One head of one token, `size` values side by side; indexed by KVType.
     struct PerType {

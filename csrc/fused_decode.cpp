@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -34,10 +35,10 @@ unsigned table_row(unsigned scale_class, unsigned below) {
 
 // cos and sin of one place: a row of kLanes for each frequency.
 void fill_rope(const RopeKind& kind, int64_t first_position, const Shape& shape, uint64_t place,
-               float* cos, float* sin) {
+               const uint8_t* lanes, float* cos, float* sin) {
     for (const float frequency : kind.frequencies) {
-        for (unsigned lane = 0; lane < kLanes; ++lane, ++cos, ++sin) {
-            const auto token = static_cast<int64_t>(lane * shape.places() + place);
+        for (unsigned i = 0; i < kLanes; ++i, ++cos, ++sin) {
+            const auto token = static_cast<int64_t>(lanes[i] * shape.places() + place);
             // Angles are float products, as models compute them; their cos and sin are exact.
             const float angle = static_cast<float>(first_position + token) * frequency;
             const double scale = kind.scale;
@@ -52,7 +53,9 @@ class RopeCache {
 public:
     static constexpr size_t kMostFloats = size_t{1} << 18;  // 1 MiB
 
-    explicit RopeCache(const std::vector<RopeKind>& kinds) : kinds_(kinds) {}
+    // lanes: of Kernels::angle_lanes.
+    RopeCache(const std::vector<RopeKind>& kinds, const uint8_t* lanes)
+        : kinds_(kinds), lanes_(lanes) {}
 
     // Makes the table of a target, if it is small enough to be kept. Not to be called by threads.
     void prepare(const PlaneTarget& target, const Shape& shape) {
@@ -65,7 +68,7 @@ public:
         entry.angles.resize(2 * place * shape.places());
         for (uint64_t p = 0; p < shape.places(); ++p) {
             float* const cos = entry.angles.data() + 2 * place * p;
-            fill_rope(kind, target.first_position, shape, p, cos, cos + place);
+            fill_rope(kind, target.first_position, shape, p, lanes_, cos, cos + place);
         }
         entries_.push_back(std::move(entry));
     }
@@ -77,7 +80,7 @@ public:
         const size_t size = kind.frequencies.size() * kLanes;
         if (const Entry* entry = find(target, shape)) return entry->angles.data() + 2 * size * place;
         scratch.resize(2 * size);
-        fill_rope(kind, target.first_position, shape, place, scratch.data(),
+        fill_rope(kind, target.first_position, shape, place, lanes_, scratch.data(),
                   scratch.data() + size);
         return scratch.data();
     }
@@ -100,9 +103,46 @@ private:
     }
 
     const std::vector<RopeKind>& kinds_;
+    const uint8_t* lanes_;
     std::vector<Entry> entries_;
     size_t floats_ = 0;
 };
+
+// ---- Exempt rows -------------------------------------------------------------------------------
+
+template <KVType kFrom, KVType kTo>
+void convert_values(const uint8_t* from, std::byte* to, size_t size) {
+    for (size_t i = 0; i < size; ++i) {
+        typename KVTraits<kFrom>::Bits in;
+        std::memcpy(&in, from + i * sizeof in, sizeof in);
+        float value = KVTraits<kFrom>::to_float(in);
+        if (kTo == KVType::Float16 && std::isfinite(value))
+            value = std::clamp(value, -65504.0f, 65504.0f);
+        const auto out = KVTraits<kTo>::from_float(value);
+        std::memcpy(to + i * sizeof out, &out, sizeof out);
+    }
+}
+
+// Exempt rows of one head, to another element type if need be.
+void convert(const uint8_t* from, KVType stored, std::byte* to, KVType type, size_t size) {
+    using enum KVType;
+    if (stored == type) {
+        std::memcpy(to, from, size * (type == Float32 ? 4 : 2));
+        return;
+    }
+    const auto run = [&]<KVType kFrom>() {
+        switch (type) {
+            case Float16: return convert_values<kFrom, Float16>(from, to, size);
+            case BFloat16: return convert_values<kFrom, BFloat16>(from, to, size);
+            case Float32: return convert_values<kFrom, Float32>(from, to, size);
+        }
+    };
+    switch (stored) {
+        case Float16: return run.operator()<Float16>();
+        case BFloat16: return run.operator()<BFloat16>();
+        case Float32: return run.operator()<Float32>();
+    }
+}
 
 // ---- Groups ------------------------------------------------------------------------------------
 
@@ -110,6 +150,11 @@ private:
 struct Unit {
     uint32_t begin, size;
     uint32_t plane, head;
+    size_t lookup;  // where its rows begin in PreparedGroup::lookup
+};
+
+struct alignas(64) CacheLine {
+    std::byte bytes[64];
 };
 
 // A group made ready: checked, its streams found, its constants per channel.
@@ -120,19 +165,35 @@ struct PreparedGroup {
     std::vector<std::vector<uint16_t>> models;       // of every pass, one per channel
     std::vector<uint8_t> escapes;                    // of pass 0, one per channel
     std::vector<float> early_offset, late_offset, mean;
+    std::vector<CacheLine> lookup;  // UnitJob::lookup of all units, or nothing
     std::vector<bool> is_exempt;  // by token, or empty
     std::vector<Unit> units;
     std::vector<uint32_t> unit_of;     // by channel
     std::vector<uint64_t> boundaries;  // steps where an item may begin, and the end
 
-    PreparedGroup(const FusedDecode& work, const FusedGroup& source)
+    PreparedGroup(const FusedDecode& work, const FusedGroup& source, const Kernels& kernel)
         : group(source), shape{source.tokens, source.channels} {
         check(work);
         find_units();
         fill_constants(work);
         find_streams();
         find_boundaries();
-        store_exempt(work.type);
+        if (group.coefficients) return;
+        store_exempt(work);
+        fill_lookup(work, kernel);
+    }
+
+    // A job for a unit, but for what depends on the place.
+    UnitJob job_of(const Unit& unit) const {
+        UnitJob job{};
+        job.size = unit.size;
+        const bool is_value = !group.coefficients && group.planes[unit.plane].is_value;
+        job.scaling = is_value ? group.value_scaling : group.key_scaling;
+        job.early_offset = early_offset.data() + unit.begin;
+        job.late_offset = late_offset.data() + unit.begin;
+        job.mean = mean.data() + unit.begin;
+        if (!lookup.empty()) job.lookup = lookup.data() + unit.lookup;
+        return job;
     }
 
 private:
@@ -142,12 +203,11 @@ private:
                 "symbol matrix", std::to_string(group.channels) + " channels", "1 or more");
         require(count >= 1 && count <= work.passes && work.passes <= kMaxPasses, "passes",
                 std::to_string(count), "1 to " + std::to_string(work.passes));
-        require(group.classes.size() == group.channels, "classes",
-                std::to_string(group.classes.size()), std::to_string(group.channels));
-        require(group.mean.empty() || group.mean.size() == group.channels, "mean",
-                std::to_string(group.mean.size()), std::to_string(group.channels));
+        require(group.side.classes.size() == group.channels, "classes",
+                std::to_string(group.side.classes.size()), std::to_string(group.channels));
         require(group.early_offset.size() == kClasses && group.late_offset.size() == kClasses,
                 "offsets", std::to_string(group.early_offset.size()), std::to_string(kClasses));
+        if (group.coefficients) return;
         uint64_t channels = 0;
         for (const PlaneTarget& plane : group.planes) {
             channels += uint64_t{plane.heads} * plane.dim;
@@ -163,23 +223,25 @@ private:
         }
         require(channels == group.channels, "channels of the planes", std::to_string(channels),
                 std::to_string(group.channels));
-        for (size_t i = 0; i < group.exempt_tokens.size(); ++i)
-            require(group.exempt_tokens[i] < group.tokens, "exempt token",
-                    std::to_string(group.exempt_tokens[i]), "a token of the group");
-        for (const uint8_t both : group.classes)
-            if (both >= kFamilies * kClasses)
-                throw Error(ErrorKind::Corrupt, "class", std::to_string(both), "0 to 191");
     }
 
     void find_units() {
         unit_of.resize(group.channels);
         uint32_t begin = 0;
+        // Coefficients are finished by blocks.
+        while (group.coefficients && begin < group.channels) {
+            const auto size =
+                static_cast<uint32_t>(std::min<uint64_t>(kBlockSteps, group.channels - begin));
+            std::fill_n(unit_of.begin() + begin, size, static_cast<uint32_t>(units.size()));
+            units.push_back({begin, size, 0, 0, 0});
+            begin += size;
+        }
         for (uint32_t plane = 0; plane < group.planes.size(); ++plane) {
             const PlaneTarget& target = group.planes[plane];
             for (uint32_t head = 0; head < target.heads; ++head, begin += target.dim) {
                 std::fill_n(unit_of.begin() + begin, target.dim,
                             static_cast<uint32_t>(units.size()));
-                units.push_back({begin, target.dim, plane, head});
+                units.push_back({begin, target.dim, plane, head, 0});
             }
         }
     }
@@ -190,13 +252,15 @@ private:
         late_offset.resize(n);
         mean.assign(n, 0.0f);
         for (const Unit& unit : units) {
-            const float factor =
-                group.planes[unit.plane].is_value ? group.value_factor : 1.0f;
+            const bool is_value = !group.coefficients && group.planes[unit.plane].is_value;
+            const float factor = is_value ? group.value_factor : 1.0f;
             for (size_t c = unit.begin; c < unit.begin + unit.size; ++c) {
-                const size_t scale_class = group.classes[c] % kClasses;
+                const size_t scale_class = group.side.classes[c] % kClasses;
                 early_offset[c] = group.early_offset[scale_class] * factor;
                 late_offset[c] = group.late_offset[scale_class] * factor;
-                if (!group.mean.empty()) mean[c] = group.mean[c] * factor;
+                if (group.side.mean.empty()) continue;
+                const auto level = static_cast<float>(static_cast<int8_t>(group.side.mean[c]));
+                mean[c] = level * group.side.mean_scale * factor;
             }
         }
         for (unsigned j = 0; j < group.passes.size(); ++j) {
@@ -206,14 +270,34 @@ private:
                     (i / kClasses * kTableRows + table_row(i % kClasses, work.passes - 1 - j)) *
                     (j ? 2 : 1));
             models.emplace_back(n);
-            for (size_t c = 0; c < n; ++c) models[j][c] = rows[group.classes[c]];
+            for (size_t c = 0; c < n; ++c) models[j][c] = rows[group.side.classes[c]];
         }
         escapes.resize(n);
         for (size_t c = 0; c < n; ++c) escapes[c] = work.coarse.escape(models[0][c]);
-        if (!group.exempt_tokens.empty()) {
-            is_exempt.resize(group.tokens);
-            for (const uint32_t token : group.exempt_tokens) is_exempt[token] = true;
+        if (!group.side.exempt.empty()) is_exempt.resize(group.tokens);
+        for (size_t i = 0; i < group.side.exempt_count(); ++i)
+            is_exempt[group.side.exempt_token(i)] = true;
+    }
+
+    // A row of a lookup costs as much as a row of values, and serves every place.
+    void fill_lookup(const FusedDecode& work, const Kernels& kernel) {
+        constexpr uint64_t kFewestPlaces = 3;
+        const auto fill = kernel.fill_lookup[static_cast<size_t>(work.type)];
+        if (!fill || shape.places() < kFewestPlaces) return;
+        size_t lines = 0;
+        for (Unit& unit : units) {
+            const bool wide = work.type == KVType::Float32 || group.planes[unit.plane].rope >= 0;
+            unit.lookup = lines;
+            lines += size_t{unit.size} * kLanes * (wide ? 4 : 2) / sizeof(CacheLine);
         }
+        std::vector<CacheLine> rows(lines);
+        for (const Unit& unit : units) {
+            UnitJob job = job_of(unit);
+            // Only whether there is RoPE matters: the rows are floats then.
+            if (group.planes[unit.plane].rope >= 0) job.cos = job.mean;
+            fill(job, rows.data() + unit.lookup);
+        }
+        lookup = std::move(rows);
     }
 
     void find_streams() {
@@ -262,16 +346,16 @@ private:
         boundaries.push_back(shape.steps());
     }
 
-    void store_exempt(KVType type) const {
-        const size_t width = type == KVType::Float32 ? 4 : 2;
-        for (size_t i = 0; i < group.exempt_tokens.size(); ++i) {
-            const std::byte* row = group.exempt_rows + i * group.channels * width;
+    void store_exempt(const FusedDecode& work) const {
+        const size_t from_width = work.stored == KVType::Float32 ? 4 : 2;
+        for (size_t i = 0; i < group.side.exempt_count(); ++i) {
+            const uint8_t* row = group.side.rows.data() + i * group.channels * from_width;
             for (const Unit& unit : units) {
                 const PlaneTarget& plane = group.planes[unit.plane];
-                const int64_t offset = plane.offsets[group.exempt_tokens[i]];
+                const int64_t offset = plane.offsets[group.side.exempt_token(i)];
                 if (offset == kSkippedToken) continue;
-                std::memcpy(plane.data + offset + unit.head * plane.head_stride,
-                            row + unit.begin * width, unit.size * width);
+                std::byte* const to = plane.data + offset + unit.head * plane.head_stride;
+                convert(row + unit.begin * from_width, work.stored, to, work.type, unit.size);
             }
         }
     }
@@ -320,14 +404,15 @@ private:
 // One item at a time: a run of steps of one group through all its passes.
 class Strand {
 public:
-    Strand(const FusedDecode& work, const RopeCache& ropes) : work_(work), ropes_(ropes) {}
+    Strand(const FusedDecode& work, const RopeCache& ropes, const Kernels& kernel)
+        : work_(work), ropes_(ropes), kernel_(kernel) {}
 
     void start(std::shared_ptr<const PreparedGroup> group, size_t item) {
         group_ = std::move(group);
         step_ = group_->boundaries[item];
         end_ = group_->boundaries[item + 1];
         for (unsigned j = 0; j < passes(); ++j) cursors_[j].start(*group_, j, step_);
-        rope_place_ = UINT64_MAX;
+        rope_place_ = rows_place_ = UINT64_MAX;
         begin_unit();
     }
 
@@ -344,28 +429,37 @@ public:
     // Makes pass j of the next `steps` ready for the kernel; returns its run, or null if the pass
     // is not rANS and `end_pass` reads it.
     DecodeRun* begin_pass(unsigned j, size_t steps) {
-        if (j) kernels().value_contexts(values(), steps, contexts_.bytes);
         if (!cursors_[j].is_rans()) return nullptr;
         DecodeRun& run = cursors_[j].reader().run;
         run.models = group_->models[j].data() + channel();
-        run.contexts = j ? contexts_.bytes : nullptr;
-        run.symbols = block_.bytes;
         run.lanes = lanes_;
+        run.values = values();
+        run.escaped = escaped_;
+        run.symbols = block_.bytes;
+        if (j && !kernel_.decode_refine) {
+            kernel_.value_contexts(values(), steps, contexts_.bytes);
+            run.contexts = contexts_.bytes;
+        }
         return &run;
     }
 
     void end_pass(unsigned j, size_t steps) {
         PassCursor& cursor = cursors_[j];
-        if (cursor.is_rans())
+        const bool is_rans = cursor.is_rans();
+        if (is_rans)
             cursor.reader().check_words();
         else
             read_plain(j, steps);
-        if (j) {
-            kernels().refine_values(block_.bytes, power_of_three(j - 1), steps, values());
-            return;
+        if (j == 0) {
+            if (!is_rans || !kernel_.decode_coarse) {
+                kernel_.coarse_values(block_.bytes, steps, values());
+                kernel_.find_bytes(block_.bytes, group_->escapes.data() + channel(), steps,
+                                   escaped_);
+            }
+            if (is_rans) add_escapes(steps);
+        } else if (!is_rans || !kernel_.decode_refine) {
+            kernel_.refine_values(block_.bytes, power_of_three(j - 1), steps, values());
         }
-        if (cursor.is_rans()) add_escapes(steps);
-        kernels().coarse_values(block_.bytes, steps, values());
     }
 
     void end_block(size_t steps) {
@@ -382,7 +476,8 @@ public:
 
 private:
     uint64_t channel() const { return unit_.begin + done_; }
-    int16_t* values() { return values_.get() + size_t{done_} * kLanes; }
+    int16_t* values() { return row(done_); }
+    int16_t* row(uint32_t step) { return reinterpret_cast<int16_t*>(values_.get() + step); }
 
     void begin_unit() {
         const uint64_t channels = group_->shape.channels;
@@ -392,23 +487,30 @@ private:
         lanes_ = group_->shape.active_lanes(place_);
         if (unit_.size <= room_) return;
         room_ = unit_.size;
-        values_ = std::make_unique<int16_t[]>(size_t{room_} * kLanes);
-        const size_t bytes = size_t{room_} * kLanes * (work_.type == KVType::Float32 ? 4 : 2);
-        scratch_ = std::make_unique<std::byte[]>(bytes + 64);
+        values_ = std::make_unique<CacheLine[]>(room_);
+        const size_t lines = work_.type == KVType::Float32 ? 2 : 1;  // of a row of elements
+        scratch_ = std::make_unique<CacheLine[]>(lines * ((size_t{room_} + 31) / 32 * 32));
     }
 
     void add_escapes(size_t steps) {
-        uint32_t found[kBlockSteps];
-        const uint8_t* const escapes = group_->escapes.data() + channel();
-        kernels().find_bytes(block_.bytes, escapes, steps, found);
         const uint32_t active = ~uint32_t{0} >> (kLanes - lanes_);
+        const uint8_t* const escapes = group_->escapes.data() + channel();
         StreamReader& reader = cursors_[0].reader();
-        for (size_t step = 0; step < steps; ++step) {
-            for (uint32_t lanes = found[step] & active; lanes; lanes &= lanes - 1) {
-                const uint8_t value = reader.next_escaped(escapes[step], step_ + step);
-                if (value > 2 * kMaxCoarse) refuse_digit("symbol of pass 0", value, "0 to 254");
-                block_.bytes[step * kLanes + static_cast<unsigned>(std::countr_zero(lanes))] =
-                    value;
+        for (size_t begin = 0; begin < steps; begin += 16) {
+            const size_t end = std::min(begin + 16, steps);
+            uint32_t any = 0;
+            for (size_t step = begin; step < end; ++step) any |= escaped_[step];
+            if (!(any & active)) [[likely]] continue;
+            for (size_t step = begin; step < end; ++step) {
+                for (uint32_t lanes = escaped_[step] & active; lanes; lanes &= lanes - 1) {
+                    const unsigned symbol = reader.next_escaped(escapes[step], step_ + step);
+                    if (symbol > 2 * kMaxCoarse)
+                        refuse_digit("symbol of pass 0", symbol, "0 to 254");
+                    const int magnitude = static_cast<int>(symbol + 1) / 2;
+                    const auto lane = static_cast<unsigned>(std::countr_zero(lanes));
+                    values()[step * kLanes + lane] =
+                        static_cast<int16_t>(symbol % 2 ? -magnitude : magnitude);
+                }
             }
         }
     }
@@ -418,7 +520,7 @@ private:
         const std::span<const uint8_t> body = group_->group.passes[j].bytes;
         const BlockRows rows(group_->shape, step_);
         if (group_->group.passes[j].kind == PassKind::Bytes) {
-            kernels().gather(body.data() + rows.begin, rows.stride, lanes_, steps, block_.bytes);
+            kernel_.gather(body.data() + rows.begin, rows.stride, lanes_, steps, block_.bytes);
         } else {
             std::memset(block_.bytes, 0, steps * kLanes);
             const size_t plane = body.size() / 2;
@@ -441,28 +543,48 @@ private:
         throw Error(ErrorKind::Corrupt, what, std::to_string(got), std::move(expected));
     }
 
+    void finish_coefficients() {
+        UnitJob job = group_->job_of(unit_);
+        job.values = row(0);
+        const size_t stride = group_->shape.places() * kLanes;
+        float* const out = group_->group.coefficients + unit_.begin * stride + place_ * kLanes;
+        uint8_t used[kBlockSteps];
+        kernel_.scale_rows(job, out, stride, used);
+        // Another thread may be at another place of the same components.
+        for (uint32_t i = 0; i < unit_.size; ++i)
+            if (used[i])
+                std::atomic_ref(group_->group.used[unit_.begin + i])
+                    .store(1, std::memory_order_relaxed);
+    }
+
     void finish() {
+        if (group_->group.coefficients) return finish_coefficients();
         const PlaneTarget& plane = group_->group.planes[unit_.plane];
-        std::array<std::byte*, kLanes> rows{};
+        if (rows_place_ != place_ || rows_plane_ != unit_.plane) find_rows(plane);
+        std::array<std::byte*, kLanes> rows;
+        for (unsigned lane = 0; lane < kLanes; ++lane)
+            rows[lane] =
+                rows_[lane] ? rows_[lane] + unit_.head * plane.head_stride : nullptr;
+        UnitJob job = group_->job_of(unit_);
+        job.values = row(0);
+        if (plane.rope >= 0) add_rope(plane, job);
+        job.rows = rows.data();
+        job.scratch = scratch_.get();
+        kernel_.finish_unit[static_cast<size_t>(work_.type)](job);
+    }
+
+    // Where the tokens of the place go, head 0.
+    void find_rows(const PlaneTarget& plane) {
+        rows_place_ = place_;
+        rows_plane_ = unit_.plane;
+        rows_.fill(nullptr);
         for (unsigned lane = 0; lane < lanes_; ++lane) {
             const uint64_t token = lane * group_->shape.places() + place_;
             const int64_t offset = plane.offsets[token];
             if (offset == kSkippedToken) continue;
             if (!group_->is_exempt.empty() && group_->is_exempt[token]) continue;
-            rows[lane] = plane.data + offset + unit_.head * plane.head_stride;
+            rows_[lane] = plane.data + offset;
         }
-        UnitJob job{};
-        job.values = values_.get();
-        job.size = unit_.size;
-        job.scaling = plane.is_value ? group_->group.value_scaling : group_->group.key_scaling;
-        job.early_offset = group_->early_offset.data() + unit_.begin;
-        job.late_offset = group_->late_offset.data() + unit_.begin;
-        job.mean = group_->mean.data() + unit_.begin;
-        if (plane.rope >= 0) add_rope(plane, job);
-        job.rows = rows.data();
-        const auto address = reinterpret_cast<uintptr_t>(scratch_.get());
-        job.scratch = scratch_.get() + (-address & 63);
-        kernels().finish_unit[static_cast<size_t>(work_.type)](job);
     }
 
     void add_rope(const PlaneTarget& plane, UnitJob& job) {
@@ -480,6 +602,7 @@ private:
 
     const FusedDecode& work_;
     const RopeCache& ropes_;
+    const Kernels& kernel_;
     std::shared_ptr<const PreparedGroup> group_;
     std::array<PassCursor, kMaxPasses> cursors_;
     uint64_t step_ = 0, end_ = 0, place_ = 0;
@@ -487,26 +610,30 @@ private:
     Unit unit_{};
     uint32_t done_ = 0;  // steps of the unit decoded so far
     uint32_t room_ = 0;  // largest unit so far
-    std::unique_ptr<int16_t[]> values_;
-    std::unique_ptr<std::byte[]> scratch_;
+    std::unique_ptr<CacheLine[]> values_;  // a row of kLanes values each
+    std::unique_ptr<CacheLine[]> scratch_;
+    uint64_t rows_place_ = UINT64_MAX;
+    uint32_t rows_plane_ = 0;
+    std::array<std::byte*, kLanes> rows_;
     uint64_t rope_place_ = UINT64_MAX;
     uint32_t rope_plane_ = 0;
     const float* angles_ = nullptr;
     std::vector<float> rope_scratch_;
+    uint32_t escaped_[kBlockSteps];  // of pass 0: lanes of each step with the escape index
     Block block_, contexts_;
 };
 
 // Hands out items, group by group; a group is made ready when its first item is asked for.
 class ItemQueue {
 public:
-    explicit ItemQueue(const FusedDecode& work) : work_(work) {}
+    ItemQueue(const FusedDecode& work, const Kernels& kernel) : work_(work), kernel_(kernel) {}
 
     bool start_next(Strand& strand) {
         while (!group_ || item_ + 1 >= group_->boundaries.size()) {
             group_.reset();
             if (next_group_ == work_.groups.size()) return false;
             const FusedGroup& source = work_.groups[next_group_++];
-            group_ = std::make_shared<const PreparedGroup>(work_, source);
+            group_ = std::make_shared<const PreparedGroup>(work_, source, kernel_);
             item_ = 0;
             if (group_->shape.steps() == 0) group_.reset();
         }
@@ -516,13 +643,47 @@ public:
 
 private:
     const FusedDecode& work_;
+    const Kernels& kernel_;
     std::shared_ptr<const PreparedGroup> group_;
     size_t next_group_ = 0, item_ = 0;
 };
 
+// The tables of the ladder in the form that the kernels in use take.
+struct Coders {
+    Coders(const FusedDecode& work, const Kernels& backend)
+        : kernel(backend), buckets(work.coarse.buckets()) {
+        if (kernel.decode_coarse)
+            coarse_values = work.coarse.coarse();
+        else
+            coarse = work.coarse.alias(buckets);
+        if (kernel.decode_refine)
+            refine_values = work.refine.refine();
+        else
+            refine = work.refine.alias(kContextBuckets);
+    }
+
+    void decode(unsigned j, std::span<DecodeRun* const> runs, size_t steps) const {
+        if (runs.empty()) return;
+        if (j == 0 && coarse_values)
+            kernel.decode_coarse(coarse_values, runs.data(), runs.size(), steps);
+        else if (j == 0)
+            kernel.decode_runs(coarse, buckets, runs.data(), runs.size(), steps);
+        else if (refine_values)
+            kernel.decode_refine(refine_values, power_of_three(j - 1), runs.data(), runs.size(),
+                                 steps);
+        else
+            kernel.decode_runs(refine, kContextBuckets, runs.data(), runs.size(), steps);
+    }
+
+    const Kernels& kernel;
+    unsigned buckets;
+    const AliasTable *coarse = nullptr, *refine = nullptr;
+    const CoarseTable* coarse_values = nullptr;
+    const RefineTable* refine_values = nullptr;
+};
+
 // Decodes one block of every strand, pass by pass, side by side.
-void decode_block(std::span<Strand*> strands, const AliasTable* coarse, unsigned coarse_buckets,
-                  const AliasTable* refine) {
+void decode_block(std::span<Strand*> strands, const Coders& coders) {
     size_t steps = kBlockSteps;
     unsigned passes = 0;
     for (const Strand* strand : strands) {
@@ -536,9 +697,7 @@ void decode_block(std::span<Strand*> strands, const AliasTable* coarse, unsigned
             if (j >= strand->passes()) continue;
             if (DecodeRun* run = strand->begin_pass(j, steps)) runs[count++] = run;
         }
-        if (count)
-            kernels().decode_runs(j ? refine : coarse, j ? kContextBuckets : coarse_buckets,
-                                  runs.data(), count, steps);
+        coders.decode(j, std::span(runs).first(count), steps);
         for (Strand* strand : strands)
             if (j < strand->passes()) strand->end_pass(j, steps);
     }
@@ -548,30 +707,50 @@ void decode_block(std::span<Strand*> strands, const AliasTable* coarse, unsigned
 }  // namespace
 
 void decode_groups(const FusedDecode& work) {
-    RopeCache ropes(work.ropes);
+    require(work.coarse.count() == kFamilies * kTableRows && work.coarse.buckets() == 32 &&
+                work.refine.count() == 2 * kFamilies * kTableRows &&
+                work.refine.alphabet() <= 3 && !work.refine.any_escape(),
+            "tables", "others", "those of the ladder");
+    const Kernels& kernel = kernels();
+    RopeCache ropes(work.ropes, kernel.angle_lanes);
     for (const FusedGroup& group : work.groups)
         for (const PlaneTarget& plane : group.planes)
             if (plane.rope < static_cast<int>(work.ropes.size()))
                 ropes.prepare(plane, {group.tokens, group.channels});
-    require(work.coarse.count() == kFamilies * kTableRows &&
-                work.refine.count() == 2 * kFamilies * kTableRows &&
-                work.refine.alphabet() <= 3 && !work.refine.any_escape(),
-            "tables", "others", "those of the ladder");
-    const unsigned buckets = work.coarse.buckets();
-    const AliasTable* const coarse = work.coarse.alias(buckets);
-    const AliasTable* const refine = work.refine.alias(kContextBuckets);
-
-    ItemQueue queue(work);
+    const Coders coders(work, kernel);
+    ItemQueue queue(work, kernel);
     std::vector<std::unique_ptr<Strand>> strands;
     for (size_t i = 0; i < kGroupStreams; ++i)
-        strands.push_back(std::make_unique<Strand>(work, ropes));
+        strands.push_back(std::make_unique<Strand>(work, ropes, kernel));
     while (true) {
         std::array<Strand*, kGroupStreams> busy;
         size_t count = 0;
         for (const auto& strand : strands)
             if (!strand->is_idle() || queue.start_next(*strand)) busy[count++] = strand.get();
         if (!count) return;
-        decode_block(std::span(busy).first(count), coarse, buckets, refine);
+        decode_block(std::span(busy).first(count), coders);
+    }
+}
+
+void finish_plane(const FinishPlane& work) {
+    const Shape shape{work.tokens, 1};
+    const auto finish = kernels().finish_row[static_cast<size_t>(work.type)];
+    const PlaneTarget& plane = work.plane;
+    for (uint64_t place = 0; place < shape.places(); ++place) {
+        for (unsigned lane = 0; lane < shape.active_lanes(place); ++lane) {
+            const uint64_t token = lane * shape.places() + place;
+            const int64_t offset = plane.offsets[token];
+            if (offset == kSkippedToken || work.exempt[token]) continue;
+            const float* row = work.values + (place * kLanes + lane) * work.row_stride;
+            const size_t angles = token * work.half;
+            for (uint32_t head = 0; head < plane.heads; ++head) {
+                const size_t begin = size_t{head} * plane.dim;
+                finish({row + begin, work.row_stride, plane.dim, work.mean + begin, work.factor,
+                        work.cos ? work.cos + angles : nullptr,
+                        work.sin ? work.sin + angles : nullptr, work.half, work.interleaved,
+                        plane.data + offset + head * plane.head_stride});
+            }
+        }
     }
 }
 

@@ -41,25 +41,44 @@ struct PassBody {
     std::span<const uint8_t> bytes;
 };
 
+// The side information of a group (FORMAT.md, `progressive`), checked; views of its bytes.
+struct GroupSide {
+    unsigned decay;  // in 1/64
+    int class_offset;
+    float mean_scale;
+    std::span<const uint8_t> classes;    // family * kClasses + class; empty with a profile
+    std::span<const uint8_t> mean;       // int8 levels, empty without a mean
+    std::span<const uint8_t> exempt;     // token numbers, 4 bytes each
+    std::span<const uint8_t> rows;       // of exempt tokens, all channels each
+    uint32_t exempt_count() const { return static_cast<uint32_t>(exempt.size() / 4); }
+    uint32_t exempt_token(size_t index) const;
+};
+
+// plain: without a profile. Throws Error (Corrupt).
+GroupSide parse_side(std::span<const uint8_t> bytes, uint64_t tokens, uint64_t channels,
+                     KVType stored, bool plain);
+
 // What a group's bytes decode to, beside them. Views; the caller keeps them alive.
 struct FusedGroup {
     uint64_t tokens, channels;
-    std::vector<PassBody> passes;      // those at hand, at least pass 0
-    std::span<const uint8_t> classes;  // family * kClasses + class of each channel
+    std::vector<PassBody> passes;  // those at hand, at least pass 0
+    GroupSide side;
     Scaling key_scaling, value_scaling;
-    // In units of the scaled values: offsets by class, means by channel or none.
-    std::span<const float> early_offset, late_offset;  // kClasses each, times the scale of K
-    std::span<const float> mean;
+    // By class, kClasses each, in units of K: see UnitJob.
+    std::span<const float> early_offset, late_offset;
     float value_factor;  // V is divided by its weight, so offsets and means of V are times this
-    std::span<const uint32_t> exempt_tokens;  // ascending, below tokens
-    const std::byte* exempt_rows;             // one row of channels for each
-    std::vector<PlaneTarget> planes;          // in channel order
+    std::vector<PlaneTarget> planes;  // in channel order, or none with coefficients
+    // Instead of planes: a row of places * 32 floats for each component, places after one another,
+    // each in lane order, and whether the component is anything but 0 somewhere.
+    float* coefficients;
+    uint8_t* used;
 };
 
 inline constexpr unsigned kClasses = 64, kFamilies = 3, kTableRows = 88;
 
 struct FusedDecode {
-    KVType type;
+    KVType type;      // of the targets
+    KVType stored;    // of the object
     unsigned passes;  // of the whole object
     const Tables& coarse;  // kFamilies * kTableRows models
     const Tables& refine;  // twice as many: one for each context
@@ -70,5 +89,22 @@ struct FusedDecode {
 // Throws Error: Truncated or Corrupt for bytes, Geometry for sizes that contradict one another.
 // After an error the targets hold anything. Memory: see docs/fused-decode.md.
 void decode_groups(const FusedDecode& work);
+
+// The second half of decoding with a profile: floats of one plane, rows in the order of
+// coefficients, to where they go. cos, sin: tokens * half each, in token order, or null.
+struct FinishPlane {
+    KVType type;
+    uint64_t tokens;
+    const float* values;
+    size_t row_stride;  // floats
+    const float* mean;  // of the plane's channels
+    float factor;
+    const float *cos, *sin;
+    size_t half;
+    bool interleaved;
+    PlaneTarget plane;
+    std::span<const uint8_t> exempt;  // by token: nothing is stored where it is not 0
+};
+void finish_plane(const FinishPlane& work);
 
 }  // namespace cachegen

@@ -27,6 +27,12 @@ struct Scaling {
     float early_scale, late_scale;   // value = v * scale + sign(v) * offset + mean
 };
 
+// What values from -16 to 15 become, as a row that a permutation looks up by the low five bits of a
+// value: elements of the destination, or with RoPE floats.
+inline constexpr int16_t kLookup[32] = {0,   1,   2,   3,   4,   5,   6,  7,  8,  9,  10,
+                                        11,  12,  13,  14,  15,  -16, -15, -14, -13, -12, -11,
+                                        -10, -9,  -8,  -7,  -6,  -5, -4, -3, -2, -1};
+
 // One head at one place: `size` rows of kLanes values to one row of `size` floats for each lane.
 struct UnitJob {
     const int16_t* values;
@@ -36,8 +42,22 @@ struct UnitJob {
     const float *cos, *sin;  // rows of kLanes for each of `half` pairs; null without RoPE
     size_t half;
     bool interleaved;        // pairs are neighbours, else `half` rows apart
+    const void* lookup;      // one row per row of values, or null; see kLookup
     std::byte* const* rows;  // where the head of each lane's token goes; null: nowhere
-    void* scratch;           // size * kLanes elements, aligned to 64 bytes
+    void* scratch;           // size rounded up to 32 rows of kLanes elements, aligned to 64 bytes
+};
+
+// Rows of floats, one per token, to their destination: (row + mean) * factor, RoPE, rounding.
+struct RowsJob {
+    const float* values;  // size floats, row_stride apart
+    size_t row_stride;    // floats
+    size_t size;          // of a head
+    const float* mean;    // size floats
+    float factor;
+    const float *cos, *sin;  // `half` floats for the row; null without RoPE
+    size_t half;
+    bool interleaved;
+    void* row;  // where it goes
 };
 
 }  // namespace cachegen

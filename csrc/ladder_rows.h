@@ -13,7 +13,7 @@
 namespace cachegen {
 namespace {  // one copy per backend, never merged by the linker
 
-void find_bytes(const uint8_t* block, const uint8_t* wanted, size_t steps, uint32_t* found) {
+[[maybe_unused]] void find_bytes(const uint8_t* block, const uint8_t* wanted, size_t steps, uint32_t* found) {
     for (size_t step = 0; step < steps; ++step) {
         uint32_t lanes = 0;
         for (unsigned lane = 0; lane < kLanes; ++lane)
@@ -51,9 +51,8 @@ void refine_values(const uint8_t* digits, int late_below, size_t steps, int16_t*
     }
 }
 
-// The floats of one channel, before RoPE.
-inline void scale_row(const UnitJob& job, size_t row, float* out) {
-    const int16_t* values = job.values + row * kLanes;
+// The floats of values of one channel, before RoPE.
+inline void scale_values(const UnitJob& job, size_t row, const int16_t* values, float* out) {
     const auto early_offset = bits_from_float(job.early_offset[row]);
     const auto late_offset = bits_from_float(job.late_offset[row]);
     const auto early_scale = bits_from_float(job.scaling.early_scale);
@@ -71,6 +70,10 @@ inline void scale_row(const UnitJob& job, size_t row, float* out) {
     }
 }
 
+inline void scale_row(const UnitJob& job, size_t row, float* out) {
+    scale_values(job, row, job.values + row * kLanes, out);
+}
+
 template <KVType kType>
 inline void convert_row(const float* row, typename KVTraits<kType>::Bits* out) {
     for (unsigned lane = 0; lane < kLanes; ++lane) {
@@ -81,6 +84,18 @@ inline void convert_row(const float* row, typename KVTraits<kType>::Bits* out) {
             value = value < -65504.0f ? -65504.0f : value;
         }
         out[lane] = KVTraits<kType>::from_float(value);
+    }
+}
+
+template <KVType kType>
+void fill_lookup(const UnitJob& job, void* lookup) {
+    alignas(64) float row[kLanes];
+    for (size_t i = 0; i < job.size; ++i) {
+        scale_values(job, i, kLookup, row);
+        if (job.cos)
+            std::memcpy(static_cast<float*>(lookup) + i * kLanes, row, sizeof row);
+        else
+            convert_row<kType>(row, static_cast<typename KVTraits<kType>::Bits*>(lookup) + i * kLanes);
     }
 }
 
@@ -121,6 +136,68 @@ void store_rows(const void* scratch, size_t size, std::byte* const* rows) {
             std::memcpy(rows[lane] + i * sizeof(Bits), &from[i * kLanes + lane], sizeof(Bits));
     }
 }
+
+// Rows of a unit as floats in lane order, `stride` floats apart; zeros where all lanes are zero.
+// used[row] is set where not all are.
+void scale_rows(const UnitJob& job, float* out, size_t stride, uint8_t* used) {
+    for (size_t row = 0; row < job.size; ++row, out += stride) {
+        const int16_t* values = job.values + row * kLanes;
+        unsigned any = 0;
+        for (unsigned lane = 0; lane < kLanes; ++lane) any |= static_cast<uint16_t>(values[lane]);
+        used[row] = any != 0;
+        if (any)
+            scale_row(job, row, out);
+        else
+            std::memset(out, 0, kLanes * sizeof(float));
+    }
+}
+
+template <KVType kType>
+void finish_row(const RowsJob& job) {
+    using Bits = typename KVTraits<kType>::Bits;
+    auto* const out = static_cast<Bits*>(job.row);
+    constexpr size_t kPart = 128;
+    const auto convert = [](float value) {
+        if constexpr (kType == KVType::Float16) {
+            value = value > 65504.0f ? 65504.0f : value;
+            value = value < -65504.0f ? -65504.0f : value;
+        }
+        return KVTraits<kType>::from_float(value);
+    };
+    const auto channel = [&](size_t i) { return (job.values[i] + job.mean[i]) * job.factor; };
+    const size_t pairs = job.cos ? job.half : 0;
+    if (job.interleaved) {
+        for (size_t i = 0; i < pairs; ++i) {
+            const float a = channel(2 * i), b = channel(2 * i + 1);
+            out[2 * i] = convert(a * job.cos[i] - b * job.sin[i]);
+            out[2 * i + 1] = convert(b * job.cos[i] + a * job.sin[i]);
+        }
+    } else {
+        for (size_t begin = 0; begin < pairs; begin += kPart) {
+            // Buffers, because the compiler cannot know that `out` is none of the inputs.
+            Bits first[kPart], second[kPart];
+            const size_t count = std::min(kPart, pairs - begin);
+            for (size_t k = 0; k < count; ++k) {
+                const size_t i = begin + k;
+                const float a = channel(i), b = channel(i + pairs);
+                first[k] = convert(a * job.cos[i] - b * job.sin[i]);
+                second[k] = convert(b * job.cos[i] + a * job.sin[i]);
+            }
+            std::memcpy(out + begin, first, count * sizeof(Bits));
+            std::memcpy(out + pairs + begin, second, count * sizeof(Bits));
+        }
+    }
+    for (size_t begin = 2 * pairs; begin < job.size; begin += kPart) {
+        Bits part[kPart];
+        const size_t count = std::min(kPart, job.size - begin);
+        for (size_t k = 0; k < count; ++k) part[k] = convert(channel(begin + k));
+        std::memcpy(out + begin, part, count * sizeof(Bits));
+    }
+}
+
+inline constexpr uint8_t kLanesInOrder[kLanes] = {
+    0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+    16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
 
 template <KVType kType>
 void finish_unit(const UnitJob& job) {

@@ -7,7 +7,7 @@
 
 #include "block_avx2.h"
 #include "dispatch.h"
-#include "ladder_rows.h"
+#include "ladder_avx2.h"
 #include "quantize_rows.h"
 #include "rans_simd.h"
 
@@ -249,12 +249,19 @@ constinit const Kernels kAvx2Kernels = {
     .encode_run = encode_run_scalar,
     .scatter = scatter_avx2,
     .gather = gather_avx2,
-    .find_bytes = find_bytes,
+    .decode_coarse = nullptr,
+    .decode_refine = nullptr,
+    .find_bytes = find_bytes_avx2,
     .coarse_values = coarse_values,
     .value_contexts = value_contexts,
     .refine_values = refine_values,
-    .finish_unit = {finish_unit<KVType::Float16>, finish_unit<KVType::BFloat16>,
-                    finish_unit<KVType::Float32>},
+    .finish_unit = {finish_unit_avx2<KVType::Float16>, finish_unit_avx2<KVType::BFloat16>,
+                    finish_unit_avx2<KVType::Float32>},
+    .fill_lookup = {},
+    .scale_rows = scale_rows,
+    .finish_row = {finish_row<KVType::Float16>, finish_row<KVType::BFloat16>,
+                   finish_row<KVType::Float32>},
+    .angle_lanes = kLanesInOrder,
     .per_type = {row_kernels<KVType::Float16>(), row_kernels<KVType::BFloat16>(),
                  row_kernels<KVType::Float32>()},
 };

@@ -6,44 +6,16 @@
 
 #include "block_avx2.h"
 #include "dispatch.h"
-#include "ladder_rows.h"
+#include "ladder_avx2.h"
+#include "ladder_avx512.h"
 #include "quantize_rows.h"
 #include "rans_simd.h"
+#include "states_avx512.h"
 
 namespace cachegen {
 namespace {
 
-struct Avx512 {
-    static constexpr size_t kSideBySide = 4;
-    struct Lanes {
-        __m512i high, low;  // halves of the states; element l is lane l
-    };
-    using Active = __mmask32;
-
-    static Active active_lanes(unsigned count) { return ~uint32_t{0} >> (kLanes - count); }
-
-    static Lanes load(const uint32_t* state) {
-        const __m512i first = _mm512_loadu_si512(state), second = _mm512_loadu_si512(state + 16);
-        const auto join = [](__m512i a, __m512i b) {
-            return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)),
-                                      _mm512_cvtepi32_epi16(b), 1);
-        };
-        return {join(_mm512_srli_epi32(first, 16), _mm512_srli_epi32(second, 16)),
-                join(first, second)};
-    }
-
-    static void store(Lanes x, uint32_t* state) {
-        const auto join = [&](int half) {
-            const auto widen = [&](__m512i halves) {
-                return _mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(halves, 1)
-                                                  : _mm512_castsi512_si256(halves));
-            };
-            return _mm512_or_si512(_mm512_slli_epi32(widen(x.high), 16), widen(x.low));
-        };
-        _mm512_storeu_si512(state, join(0));
-        _mm512_storeu_si512(state + 16, join(1));
-    }
-
+struct Avx512 : Avx512States {
     // ---- Decoding ------------------------------------------------------------------------------
 
     // What a table knows about the part of each lane's slot.
@@ -103,23 +75,7 @@ struct Avx512 {
         const Parts parts = look_up<K>(slot, table, contexts);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(symbols), parts.symbol);
 
-        // x = freq * (x >> 12) + rank. The quotient has 20 bits: its low 16 and its top 4.
-        const __m512i quotient = _mm512_shldi_epi16(x.high, x.low, 16 - kProbBits);
-        const __m512i quotient_top = _mm512_srli_epi16(x.high, kProbBits);
-        const __m512i rank = _mm512_add_epi16(slot, parts.bias);
-        const __m512i low = _mm512_add_epi16(_mm512_mullo_epi16(parts.freq, quotient), rank);
-        const __m512i product_high =
-            _mm512_add_epi16(_mm512_mulhi_epu16(parts.freq, quotient),
-                             _mm512_mullo_epi16(parts.freq, quotient_top));
-        const __mmask32 carry = _mm512_cmplt_epu16_mask(low, rank);
-        const __m512i high = _mm512_mask_add_epi16(product_high, carry, product_high,
-                                                   _mm512_set1_epi16(1));
-
-        // Where the high half is 0, the low one moves up and the next word takes its place.
-        const __mmask32 hungry = _mm512_mask_testn_epi16_mask(active, high, high);
-        x.high = _mm512_mask_mov_epi16(high, hungry, low);
-        x.low = _mm512_mask_expand_epi16(low, hungry, _mm512_loadu_si512(words));
-        return count_bits(hungry);
+        return advance(x, active, slot, parts.freq, parts.bias, words);
     }
 
     // ---- Encoding ------------------------------------------------------------------------------
@@ -284,12 +240,20 @@ constinit const Kernels kAvx512Kernels = {
     .encode_run = Avx512::encode_run,
     .scatter = scatter_avx2,
     .gather = gather_avx2,
-    .find_bytes = find_bytes,
+    .decode_coarse = decode_coarse_avx512,
+    .decode_refine = decode_refine_avx512,
+    .find_bytes = find_bytes_avx2,
     .coarse_values = coarse_values,
     .value_contexts = value_contexts,
     .refine_values = refine_values,
-    .finish_unit = {finish_unit<KVType::Float16>, finish_unit<KVType::BFloat16>,
-                    finish_unit<KVType::Float32>},
+    .finish_unit = {finish_unit_avx512<KVType::Float16>, finish_unit_avx512<KVType::BFloat16>,
+                    finish_unit_avx512<KVType::Float32>},
+    .fill_lookup = {fill_lookup<KVType::Float16>, fill_lookup<KVType::BFloat16>,
+                    fill_lookup<KVType::Float32>},
+    .scale_rows = scale_rows,
+    .finish_row = {finish_row<KVType::Float16>, finish_row<KVType::BFloat16>,
+                   finish_row<KVType::Float32>},
+    .angle_lanes = kAngleLanesAvx512,
     .per_type = {row_kernels<KVType::Float16>(), row_kernels<KVType::BFloat16>(),
                  row_kernels<KVType::Float32>()},
 };

@@ -11,6 +11,7 @@ from cachegen.chunk import KVChunk, LayerKV
 from cachegen.codec.base import Codec
 from cachegen.codec.cachegen import CacheGenCodec
 from cachegen.codec.int8 import Int8Codec
+from cachegen.codec.lossless import LosslessCodec
 from cachegen.codec.raw import RawCodec
 from cachegen.types import ChunkKey
 
@@ -32,6 +33,7 @@ def codecs() -> dict[str, Codec]:
     fitted = CacheGenCodec(level=2).fit_profile([chunk()], model_name="golden")
     return {
         "raw": RawCodec(),
+        "lossless": LosslessCodec(),
         "int8": Int8Codec(),
         "int8_bytes": Int8Codec(entropy=False),
         "cachegen_chunk": CacheGenCodec(level=1),

@@ -16,19 +16,21 @@ SOURCE = Path(cachegen.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 # A part may import the parts named here, and itself.
-BASE = {"errors", "types", "chunk"}
+BASE = {"errors", "types", "chunk", "units"}
 ALLOWED = {
     "errors": set(),
     "types": {"errors"},
+    "units": {"errors"},
     "chunk": {"errors", "types"},
+    "settings": BASE,
     "kvfile": BASE,
     "native": BASE,
     "profile": BASE | {"native"},
     "codec": BASE | {"native", "profile"},
     "store": BASE,
     "hf": BASE | {"kvfile"},
-    "stream": BASE | {"native", "profile", "codec"},
-    "connectors": BASE | {"native", "profile", "codec", "store", "stream", "hf"},
+    "stream": BASE | {"native", "profile", "codec", "store"},
+    "connectors": BASE | {"native", "profile", "codec", "store", "stream", "hf", "settings"},
 }
 EVERYTHING = set(ALLOWED) | {"bench"}
 ALLOWED["bench"] = EVERYTHING - {"bench"}

@@ -28,7 +28,7 @@ def test_a_profile_of_a_model_shrinks_its_objects(loaded) -> None:
     text = (MODEL / "calibration_text.txt").read_text(encoding="utf-8")
     begin, ids = begin_and_text(tokenizer, text)
     assert begin == [model.config.bos_token_id]
-    profile = calibrate(model, ids, tokens=6144, context=512, begin=begin, model_name="reference")
+    profile = calibrate(model, [ids], tokens=6144, context=512, begin=begin, model_name="reference")
     assert profile.meta["calibration_tokens"] == 6144
     _, held_out = begin_and_text(tokenizer, (MODEL / "eval_text.txt").read_text(encoding="utf-8"))
     captured = captured_contexts(model, held_out, tokens=512, context=512, begin=begin)
@@ -44,7 +44,7 @@ def test_a_profile_of_a_model_shrinks_its_objects(loaded) -> None:
 
 def test_too_little_text(loaded) -> None:
     with pytest.raises(GeometryError, match="calibration text"):
-        calibrate(loaded[0], [5, 6, 7], context=64)
+        calibrate(loaded[0], [[5, 6, 7]], context=64)
 
 
 def test_token_redundancy() -> None:

@@ -26,8 +26,10 @@ from cachegen.bench.evaluate import (
     accuracy,
     bootstrap_interval,
     measure,
+    reusable_rows,
     run_evaluation,
     summarize_rows,
+    workload_digest,
 )
 from cachegen.bench.rate_quality import plot_evaluation, print_evaluation
 from cachegen.bench.retrieval import Question, RetrievalPrompt, RetrievalTask, Vocabulary
@@ -121,7 +123,7 @@ def result(measurements: list[Measurement], work: Workload) -> dict[str, Any]:
         "prefix_tokens": 96,
         "lossless_kl_nats": 0.01,
         **summarize_rows(measurements, work),
-        "bd_rates": bd_rates(measurements),
+        "bd_rates": bd_rates(summarize_rows(measurements, work)["rows"]),
     }
 
 
@@ -193,14 +195,14 @@ def test_lossless_means_small_kl_and_scores_within_noise(
     assert not next(row for row in rows if row["family"] == "raw")["lossless_in_practice"]
 
 
-def test_bd_rates_say_why_there_is_none(measurements: list[Measurement]) -> None:
-    every = bd_rates(measurements)
+def test_bd_rates_say_why_there_is_none(result: dict[str, Any]) -> None:
+    every = bd_rates(result["rows"])
     assert {rate["quality"] for rate in every} == {"text", "answers"}
     rates = {rate["peer"]: rate for rate in every if rate["quality"] == "text"}
     assert list(rates) == ["raw", "int8", "turboquant", "kivi-no-window", "h2o"]
     assert rates["raw"]["percent"] is None
     assert "at least 2" in rates["raw"]["reason"]
-    curves = {curve.name: curve for curve in curves_of(measurements)}
+    curves = {curve.name: curve for curve in curves_of(result["rows"])}
     for name, rate in rates.items():
         if rate["percent"] is None:
             with pytest.raises(CurveError):
@@ -243,7 +245,8 @@ def test_chunk_sizes_are_compared_with_their_like(tiny_model: Any, work: Workloa
     peers = build(names, Calibration(work.contexts), chunk_tokens=(32, 96))
     one = Workload(work.texts[:2], {}, work.contexts)
     measurements = measure(tiny_model, one, peers)
-    compared = {(rate["curve"], rate["peer"]) for rate in bd_rates(measurements)}
+    rows = summarize_rows(measurements, one)["rows"]
+    compared = {(rate["curve"], rate["peer"]) for rate in bd_rates(rows)}
     bare = ", framing not billed"
     assert compared == {
         (f"progressive:profile=false@{size}", peer)
@@ -255,11 +258,10 @@ def test_chunk_sizes_are_compared_with_their_like(tiny_model: Any, work: Workloa
             "kivi-no-window",
         )
     }
-    rows = summarize_rows(measurements, one)["rows"]
     levels = [row["label"] for row in rows if row["named"]]
     assert levels == 2 * ["lossless-in-practice", "balanced", "small"]
     # Named levels are beside the curve, which has one row for each cut.
-    curves = {curve.name: curve for curve in curves_of(measurements)}
+    curves = {curve.name: curve for curve in curves_of(rows)}
     assert curves["progressive:profile=false@32"].size.shape == (10, 2)
     paper, unframed = (curves[f"cachegen-paper@32{end}"].size for end in ("", bare))
     assert (unframed < paper).all()
@@ -361,3 +363,21 @@ def test_the_command_raises_named_errors(arguments: list[str], error: type[Excep
 def test_unknown_names_are_refused_before_anything_is_loaded() -> None:
     with pytest.raises(ConfigError, match="zip"):
         run_evaluation("no/such/model", ["zip"])
+
+
+def test_families_of_an_earlier_result_are_not_measured_again(
+    measurements: list[Measurement], work: Workload
+) -> None:
+    identity = workload_digest(work)
+    assert identity == workload_digest(work)
+    rows = summarize_rows(measurements, work)["rows"]
+    earlier = json.loads(json.dumps({"workload": identity, "rows": rows}))
+    known = reusable_rows(earlier, identity)
+    assert list(known) == list(dict.fromkeys(row["family"] for row in rows))
+    # Rows that went through a file compare as fresh ones do.
+    again = [row for family in known.values() for row in family]
+    assert bd_rates(again) == bd_rates(rows)
+    other = workload_digest(Workload(work.texts[:2], work.tasks, work.contexts))
+    assert other != identity
+    with pytest.raises(ConfigError, match="workload"):
+        reusable_rows(earlier, other)

@@ -7,6 +7,7 @@ import pytest
 from cachegen.codec.base import Codec
 from cachegen.codec.cachegen import CacheGenCodec
 from cachegen.codec.int8 import Int8Codec
+from cachegen.codec.lossless import LosslessCodec
 from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.raw import RawCodec
 
@@ -14,6 +15,7 @@ from cachegen.codec.raw import RawCodec
 def every_codec() -> list[Codec]:
     return [
         RawCodec(),
+        LosslessCodec(),
         Int8Codec(),
         Int8Codec(entropy=False),
         CacheGenCodec(),

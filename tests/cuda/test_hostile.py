@@ -126,14 +126,18 @@ def test_under_address_sanitizer() -> None:
     compiler = emulation.compiler()
     if compiler is None:
         pytest.skip("no C++ compiler")
-    found = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    # libstdc++ too, or the sanitizer does not find the throw that it replaces.
+    found, cxx = (
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    )
     if not Path(found).is_file():
         pytest.skip("no AddressSanitizer")
     environment = {
         **os.environ,
-        "LD_PRELOAD": found,
+        "LD_PRELOAD": f"{found} {cxx}",
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
         "PYTHONPATH": str(Path(emulation.__file__).parents[3]),
         "OPENBLAS_NUM_THREADS": "1",

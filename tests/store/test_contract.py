@@ -3,9 +3,10 @@
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -16,10 +17,12 @@ from cachegen.store import (
     ListingStore,
     LocalStore,
     MemoryStore,
+    PartsStore,
     RangesStore,
     RateLimitedStore,
     Store,
     StreamingStore,
+    TieredStore,
 )
 
 STORES: dict[str, Callable[[Path], Store]] = {
@@ -29,16 +32,32 @@ STORES: dict[str, Callable[[Path], Store]] = {
     "local-quota": lambda folder: LocalStore(folder / "store", 1 << 30),
     "limited": lambda folder: RateLimitedStore(MemoryStore(), 1e12),
 }
-STREAMING = ["limited"]
-LISTING = sorted(STORES.keys() - STREAMING)
+REMOTES = ["redis", "cluster", "s3"]
+TIERED = ["tiered", "tiered-back", "tiered-redis", "tiered-s3"]
+ALL = [*STORES, *REMOTES, *TIERED]
+STREAMING = ["limited", *REMOTES, *TIERED]
+LISTING = sorted({*ALL} - {"limited"})
 
 NAME = "/".join(["0a" * 32, "1b" * 32, "2c" * 8])
 DATA = bytes(range(256)) * 4
 
 
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return STORES[request.param](tmp_path)
+@pytest.fixture(params=ALL)
+def store(
+    request: pytest.FixtureRequest, tmp_path: Path, remote: Callable[..., Store]
+) -> Iterator[Store]:
+    kind = request.param
+    if kind in STORES:
+        yield STORES[kind](tmp_path)
+    elif kind in REMOTES:
+        yield remote(kind)
+    else:
+        _, _, home = kind.partition("-")
+        write: Literal["through", "back"] = "back" if home == "back" else "through"
+        near, far = MemoryStore(5000), LocalStore(tmp_path / "store")
+        tiers = [near, far] if home in ("", "back") else [near, far, remote(home)]
+        with TieredStore(tiers, write=write) as tiered:
+            yield tiered
 
 
 def test_is_a_store(store: Store) -> None:
@@ -252,6 +271,34 @@ def test_one_of_many_creators_wins(store: Store) -> None:
     for j in range(10):
         (winner,) = [i for i in range(8) if created[i][j]]
         assert store.get(f"n/{j}") == bytes([winner]) * 5000
+
+
+@pytest.mark.parametrize("store", LISTING, indirect=True)
+def test_put_in_parts(store: Store) -> None:
+    assert isinstance(store, PartsStore)
+    store.put(NAME, b"old")
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield DATA
+        assert store.get(NAME) == b"old"
+        yield b""
+        yield memoryview(DATA)[:100]
+
+    assert store.put_stream(NAME, parts()) == len(DATA) + 100
+    assert store.get(NAME) == DATA + DATA[:100]
+    assert store.put_stream("empty", []) == 0
+    assert store.get("empty") == b""
+
+    def broken() -> Iterator[bytes]:
+        yield DATA
+        raise KeyError("the maker of parts")
+
+    with pytest.raises(KeyError):
+        store.put_stream(NAME, broken())
+    with pytest.raises(ConfigError, match="data to store"):
+        store.put_stream(NAME, [b"x", "text"])  # type: ignore[list-item]
+    assert store.get(NAME) == DATA + DATA[:100]
+    assert set(store.names()) == {NAME, "empty"}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("store", LISTING, indirect=True)

@@ -4,14 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from cachegen.errors import StoreFullError
 from cachegen.store import LocalStore
 
 
-def run(command: str, folder: Path, *numbers: float) -> dict[str, int]:
+def run(command: str, folder: Path | str, *numbers: float) -> dict[str, int]:
     finished = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("workers.py")), command, str(folder)]
         + [json.dumps(number) for number in numbers],
@@ -27,11 +29,48 @@ def run(command: str, folder: Path, *numbers: float) -> dict[str, int]:
 
 
 def test_killed_at_random_leaves_old_or_new(tmp_path: Path) -> None:
-    counts = run("kill_at_random", tmp_path / "s", 60)
-    assert counts["rounds"] == 60
+    counts = run("kill_at_random", tmp_path / "s", 200)
+    assert counts["rounds"] == 200
     assert counts["changed"] > 2  # the writers did get to write
     LocalStore(tmp_path / "s")
     assert os.listdir(tmp_path / "s" / "partial") == []
+
+
+@pytest.mark.parametrize("kind", ["redis", "s3"])
+def test_killed_writers_of_remotes_leave_old_or_new(
+    remote_url: Callable[[str], str], kind: str
+) -> None:
+    counts = run("kill_remote_writers", remote_url(kind), 25, 8)
+    assert counts["killed"] == 200
+    assert counts["changed"] > 10
+
+
+def mount_small_disk(folder: Path) -> None:
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a file system needs root; test_local.py injects the same errors")
+
+
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    mount_small_disk(tmp_path)
+    try:
+        store = LocalStore(tmp_path / "s")
+        store.put("kept", bytes(300_000))
+        for name, put in (
+            ("put", lambda data: store.put("a", data)),
+            ("put_if_absent", lambda data: store.put_if_absent("a", data)),
+            ("put_stream", lambda data: store.put_stream("a", [data[:1000], data[1000:]])),
+            ("replace", lambda data: store.put("kept", data)),
+        ):
+            with pytest.raises(StoreFullError, match="free space"):
+                put(bytes(900_000))
+            assert store.get("a") is None, name
+            assert store.get("kept") == bytes(300_000), name
+            assert os.listdir(tmp_path / "s" / "partial") == []
+        store.put("a", bytes(300_000))
+        assert store.used_bytes() == 600_000
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_killed_at_every_call_leaves_old_or_new(tmp_path: Path) -> None:

@@ -4,7 +4,17 @@ from pathlib import Path
 import pytest
 
 from cachegen.errors import ConfigError
-from cachegen.store import LocalStore, MemoryStore, open_store, parse_size
+from cachegen.store import (
+    BreakerStore,
+    LocalStore,
+    MemoryStore,
+    TieredStore,
+    open_store,
+    parse_size,
+)
+from cachegen.store.object import ObjectStore
+from cachegen.store.open import redact
+from cachegen.store.redis import RedisStore
 
 
 def test_memory() -> None:
@@ -38,7 +48,7 @@ def test_plain_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("url", ["gopher://host/x", "s4://bucket", "abc:def", "MEM://"])
 def test_unknown_scheme_names_those_there_are(url: str) -> None:
-    with pytest.raises(ConfigError, match="memory:// or file:// or a plain path"):
+    with pytest.raises(ConfigError, match=r"memory:// or file:// or redis://.* or tiered:"):
         open_store(url)
 
 
@@ -56,6 +66,29 @@ def test_unknown_scheme_names_those_there_are(url: str) -> None:
         "file:///x#y",
         "/path?quota=3GB",
         "",
+        "redis://host/zero",
+        "redis://host:99999",
+        "redis://host:0x1",
+        "redis://host?tl=1h",
+        "redis://host?ttl=soon",
+        "redis://host?cluster=perhaps",
+        "redis://host/3?cluster=1",
+        "redis://host?prefix=a b",
+        "redis://host?password_env=NO_SUCH_VARIABLE",
+        "redis://host?timeout=0",
+        "redis://host?attempts=0",
+        "redis://host?breaker=often",
+        "redis://[::1",
+        "s3://",
+        "s3://bucket?no_such_option=1",
+        "s3://bucket/a//b",
+        "s3://user:pw@bucket",
+        "tiered:memory://",
+        "tiered:",
+        "tiered:?write=sideways,memory://,memory://",
+        "tiered:?size=1,memory://,memory://",
+        "tiered:memory://,gopher://x",
+        "tiered:memory://,tiered:memory://",
     ],
 )
 def test_bad_urls(url: str) -> None:
@@ -95,3 +128,75 @@ def test_parse_size(text: str, size: int | None) -> None:
             parse_size(text)
     else:
         assert parse_size(text) == size
+
+
+def test_remotes_come_with_a_breaker_and_connect_to_nothing() -> None:
+    store = open_store("rediss://us%40er:p%2Fw@h.example:7000/3?prefix=a:&ttl=2h&timeout=250ms")
+    assert isinstance(store, BreakerStore)
+    inner = store.inner
+    assert isinstance(inner, RedisStore)
+    assert (inner.target.host, inner.target.port, inner.target.db) == ("h.example", 7000, 3)
+    assert (inner.target.username, inner.target.password) == ("us@er", "p/w")
+    assert (inner.target.tls, inner.target.cluster) == (True, False)
+    assert (inner.prefix, inner.ttl_s, inner.timeout_s) == ("a:", 7200, 0.25)
+    assert "p/w" not in repr(inner.target)
+    bare = open_store("redis://host?breaker=off")
+    assert isinstance(bare, RedisStore)
+
+
+def test_cluster_urls() -> None:
+    for url in ("redis+cluster://h:1", "redis://h:1?cluster=1"):
+        store = open_store(url)
+        assert isinstance(store, BreakerStore) and isinstance(store.inner, RedisStore)
+        assert store.inner.target.cluster
+
+
+def test_password_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SECRET", "s3cret")
+    store = open_store("redis://host?password_env=MY_SECRET&breaker=off")
+    assert isinstance(store, RedisStore)
+    assert store.target.password == "s3cret"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://bucket/pre/fix?endpoint=http://127.0.0.1:1&access_key_id=a&secret_access_key=b",
+        "gs://bucket/pre?skip_signature=true",
+        "az://container?account_name=me&account_key=c2VjcmV0",
+    ],
+)
+def test_buckets(url: str) -> None:
+    store = open_store(url)
+    assert isinstance(store, BreakerStore)
+    assert isinstance(store.inner, ObjectStore)
+    assert url.startswith(store.inner.bucket.where)
+    assert store.inner.bucket.allow_http == ("http://" in url)
+
+
+def test_tiers(tmp_path: Path) -> None:
+    store = open_store(
+        f"tiered:?write=back&promote=no&queue=1MiB,memory://?quota=1KiB,file://{tmp_path}/a%2Cb,"
+        "redis://host"
+    )
+    assert isinstance(store, TieredStore)
+    memory, local, remote = store.tiers
+    assert isinstance(memory, MemoryStore) and memory.quota_bytes == 1024
+    assert isinstance(local, LocalStore) and local.path == str(tmp_path / "a,b")
+    assert isinstance(remote, BreakerStore)
+    assert (store.write, store.promote) == ("back", False)
+
+
+def test_a_bad_option_makes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="option quot"):
+        open_store(f"file://{tmp_path}/new?quot=3")
+    assert not (tmp_path / "new").exists()
+
+
+def test_secrets_are_not_shown() -> None:
+    url = "redis://user:pass@h,s3://b?secret_access_key=abc&access_key_id=def&region=eu"
+    shown = redact(url)
+    assert shown == "redis://***@h,s3://b?secret_access_key=***&access_key_id=***&region=eu"
+    with pytest.raises(ConfigError) as caught:
+        open_store("redis://user:pass@h?colour=red")
+    assert "pass@" not in str(caught.value)

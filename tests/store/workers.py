@@ -11,14 +11,16 @@ import os
 import random
 import shutil
 import signal
+import struct
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from cachegen.store import LocalStore
+from cachegen.store import LocalStore, open_store
 
 # Every call by which LocalStore changes a folder, in the order a put makes them.
 CALLS = ("open", "pwrite", "write", "utime", "fsync", "mkdir", "replace", "unlink", "close")
@@ -41,6 +43,9 @@ def forked(child: Callable[[], None]) -> int:
         return pid
     try:
         child()
+        for thread in threading.enumerate():
+            if not thread.daemon and thread is not threading.current_thread():
+                thread.join()
         os._exit(0)
     except BaseException as error:  # all of them: a child must never return into the caller
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
@@ -78,6 +83,82 @@ def kill_at_random(folder: str, rounds: int) -> dict[str, int]:
         left += len(os.listdir(f"{folder}/partial"))
         number = found
     return {"rounds": rounds, "changed": changed, "left": left}
+
+
+def kill_remote_writers(url: str, rounds: int, writers: int) -> dict[str, int]:
+    """Kill writers to a remote at random instants; what was acknowledged is there, and whole.
+
+    A killed process has several writers, each a thread with a name of its own. This process
+    reads by other means: a client of object stores does not survive a fork.
+    """
+    read = _plain_reader(url)
+    rng = random.Random(11)
+    numbers = [0] * writers
+    changed = 0
+    for _ in range(rounds):
+        receive, send = os.pipe()
+
+        def write(first: tuple[int, ...] = tuple(numbers), send: int = send) -> None:
+            store = open_store(url)
+            store.exists(["warm"])
+            os.write(send, bytes(16))
+
+            def write_one(writer: int) -> None:
+                for following in range(first[writer] + 1, first[writer] + 10_000):
+                    store.put(f"a/{writer}", version(following, 200_000))
+                    os.write(send, struct.pack("<QQ", writer, following))
+
+            for writer in range(writers):
+                threading.Thread(target=write_one, args=(writer,)).start()
+
+        pid = forked(write)
+        os.close(send)
+        assert os.read(receive, 16) == bytes(16)
+        time.sleep(rng.uniform(0, 0.1))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        reports = b""
+        while part := os.read(receive, 65536):
+            reports += part
+        os.close(receive)
+        acknowledged = dict(enumerate(numbers)) | dict(struct.iter_unpack("<QQ", reports))
+        for writer in range(writers):
+            data = read(f"a/{writer}")
+            found = 0 if data is None else number_of(data)
+            # The server may still finish the last request of the one that was killed.
+            least = acknowledged[writer]
+            assert least <= found <= least + 1, (writer, least, found)
+            changed += found > numbers[writer]
+            numbers[writer] = found
+    return {"killed": rounds * writers, "changed": changed}
+
+
+def _plain_reader(url: str) -> Callable[[str], bytes | None]:
+    if not url.startswith("s3:"):
+        return lambda name: open_store(url).get(name)
+    from urllib.parse import parse_qs, urlsplit
+
+    import boto3
+
+    parts = urlsplit(url)
+    options = {name: values[0] for name, values in parse_qs(parts.query).items()}
+    client = boto3.client(
+        "s3",
+        endpoint_url=options["endpoint"],
+        region_name=options["region"],
+        aws_access_key_id=options["access_key_id"],
+        aws_secret_access_key=options["secret_access_key"],
+    )
+
+    def read(name: str) -> bytes | None:
+        key = f"{parts.path.strip('/')}/{name}"
+        try:
+            data: bytes = client.get_object(Bucket=parts.netloc, Key=key)["Body"].read()
+        except client.exceptions.NoSuchKey:
+            return None
+        return data
+
+    return read
 
 
 def break_calls(step: int, action: Callable[[str], None]) -> None:

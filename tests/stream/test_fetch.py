@@ -1,111 +1,396 @@
-"""Fetching: order, overlap of network and decode, misses, errors, early ends."""
+"""The fetcher with its threads: overlap, deadlines that hold, faults of the store, callbacks, ends.
+
+Times are asserted only as ratios within a run, or as the bound that nothing hangs.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 
+import numpy as np
 import pytest
+from fakes import FakeStore, Paced, encode_all, keys_of
 
 from cachegen.codec.int8 import Int8Codec
 from cachegen.codec.registry import decode
-from cachegen.errors import ChecksumError, KeyMismatchError
+from cachegen.errors import ConfigError, StoreError, StoreTimeoutError
 from cachegen.store.memory import MemoryStore
-from cachegen.stream.fetch import fetch_chunks
-from cachegen.types import ChunkKey
+from cachegen.stream.bandwidth import BandwidthEstimator
+from cachegen.stream.fetch import Fetcher
+from cachegen.stream.outcome import Reason
+from cachegen.stream.policies import DeadlinePolicy, FixedPolicy
 
-
-def keys(count: int) -> list[ChunkKey]:
-    return [ChunkKey(b"n" * 32, bytes([index]) * 32, b"c" * 32) for index in range(count)]
+# What a request may take beyond its deadline, the machine being busy with other things as well.
+SLACK_S = 0.1
+LONG_S = 30.0
 
 
 @pytest.fixture
-def stored(make_kv):
-    store, names = MemoryStore(), keys(4)
-    chunks = make_kv(tokens=64).split(16)
-    for key, chunk in zip(names, chunks, strict=True):
-        store.put(key.name, Int8Codec().encode(chunk, key=key))
-    return store, names, chunks
+def fetcher_of():
+    """Fetchers that are closed at the end, and after which no thread is left."""
+    before = set(threading.enumerate())
+    opened: list[Fetcher] = []
+    releases: list[threading.Event] = []
+
+    def build(store, *, release: threading.Event | None = None, **settings) -> Fetcher:
+        opened.append(Fetcher(store, **settings))
+        releases.extend([release] if release else [])
+        return opened[-1]
+
+    yield build
+    for release in releases:
+        release.set()
+    for fetcher in opened:
+        fetcher.close()
+    until = time.monotonic() + 5
+    while set(threading.enumerate()) - before and time.monotonic() < until:
+        time.sleep(0.005)
+    assert not {thread.name for thread in set(threading.enumerate()) - before}
 
 
-def load(data: bytes, key: ChunkKey):
-    return decode(data, key=key)
+def same(chunk, other) -> bool:
+    return all(
+        np.array_equal(a.keys, b.keys) and np.array_equal(a.values, b.values)
+        for a, b in zip(chunk.layers, other.layers, strict=True)
+    )
 
 
-def test_chunks_arrive_in_order(stored) -> None:
-    store, names, chunks = stored
-    fetched = list(fetch_chunks(store, names, load))
-    assert [item.index for item in fetched] == [0, 1, 2, 3]
-    assert [item.chunk.first_position for item in fetched] == [c.first_position for c in chunks]
-    assert all(item.size_bytes > 0 and item.network_s >= 0 for item in fetched)
+def test_chunks_come_decoded_and_in_order(progressive, fetcher_of) -> None:
+    fetcher = fetcher_of(FakeStore(progressive))
+    handle = fetcher.request(keys_of(4))
+    items = list(handle)
+    for item, data in zip(items, progressive.values(), strict=True):
+        assert item.reason is Reason.LOADED
+        assert same(item.chunk, decode(data))
+        assert item.read_bytes == item.object_bytes == len(data)
+        assert item.data == b""
+    report = handle.wait(LONG_S)
+    assert report is not None and report.chunks == tuple(items)
+    assert handle.is_over
+    assert fetcher.stats()["chunks.loaded"] == 4
+    assert list(handle) == items
 
 
-def test_a_miss_ends_the_run(stored) -> None:
-    store, names, _ = stored
-    store.delete(names[2].name)
-    fetched = list(fetch_chunks(store, names, load))
-    assert [item.chunk is None for item in fetched] == [False, False, True]
-    assert fetched[-1].size_bytes == 0
+def test_every_codec_and_store(chunks, fetcher_of) -> None:
+    store, keys = MemoryStore(), keys_of(4)
+    for name, data in encode_all(Int8Codec(), chunks, keys).items():
+        store.put(name, data)
+    items = list(fetcher_of(store).request(keys))
+    assert [item.distortion for item in items] == [0.0] * 4
+    assert same(items[3].chunk, decode(store.get(keys[3].name)))
 
 
-def test_damage_and_strangers_raise(stored) -> None:
-    store, names, _ = stored
-    damaged = bytearray(store.get(names[1].name))
-    damaged[-1] ^= 0x10
-    store.put(names[1].name, bytes(damaged))
-    with pytest.raises(ChecksumError):
-        list(fetch_chunks(store, names, load))
-    store.put(names[1].name, store.get(names[0].name))
-    with pytest.raises(KeyMismatchError):
-        list(fetch_chunks(store, names, load))
+def test_delivery_is_in_order_and_one_at_a_time(progressive, fetcher_of) -> None:
+    seen, busy = [], threading.Lock()
+
+    def deliver(item) -> None:
+        assert busy.acquire(blocking=False)
+        seen.append((item.index, item.chunk.first_position))
+        time.sleep(0.002)
+        busy.release()
+
+    fetcher = fetcher_of(FakeStore(progressive), decoders=4)
+    report = fetcher.request(keys_of(4), deliver=deliver).wait(LONG_S)
+    assert seen == [(0, 0), (1, 64), (2, 128), (3, 192)]
+    assert report.reasons == {"loaded": 4}
 
 
-class SlowStore:
-    """Takes a fixed time for each read and counts the reads."""
-
-    def __init__(self, inner, delay_s: float) -> None:
-        self.inner, self.delay_s, self.reads = inner, delay_s, 0
-
-    def get(self, name: str):
-        self.reads += 1
-        time.sleep(self.delay_s)
-        return self.inner.get(name)
-
-
-def test_network_and_decode_overlap(stored) -> None:
-    store, names, _ = stored
-
-    def slow(data: bytes, key: ChunkKey):
+def test_network_and_decoding_overlap(progressive, fetcher_of) -> None:
+    def slow(data, item):
         time.sleep(0.05)
-        return decode(data, key=key)
+        return decode(data, key=item.key)
 
+    fetcher = fetcher_of(Paced(progressive, 110_000 / 0.2), decoders=1)
     begin = time.perf_counter()
-    fetched = list(fetch_chunks(SlowStore(store, 0.05), names, slow))
+    items = list(fetcher.request(keys_of(4), decode=slow))
     wall = time.perf_counter() - begin
-    spent = sum(item.network_s + item.decode_s for item in fetched)
-    assert spent >= 8 * 0.05
-    assert wall < 0.9 * spent
+    decoding = sum(item.decode_s for item in items)
+    assert decoding >= 4 * 0.05
+    assert wall < 0.9 * (0.2 + decoding)
 
 
-def test_stopping_early_ends_the_thread_and_bounds_reads(stored) -> None:
-    store, names, _ = stored
-    slow = SlowStore(store, 0.01)
-    before = threading.active_count()
-    iterator = fetch_chunks(slow, names, load, depth=1)
-    next(iterator)
-    iterator.close()
-    assert threading.active_count() == before
-    assert slow.reads < 4
+def test_a_stalled_store_does_not_hold_up_the_deadline(progressive, fetcher_of) -> None:
+    release = threading.Event()
+
+    def stall(number, *_):
+        if number >= 6:
+            release.wait(LONG_S)
+
+    fetcher = fetcher_of(FakeStore(progressive, stall), release=release)
+    for expected in (0.2, 0.2):
+        begin = time.monotonic()
+        report = fetcher.request(keys_of(4), deadline_s=expected, policy=DeadlinePolicy()).wait(
+            LONG_S
+        )
+        assert time.monotonic() - begin <= expected + SLACK_S
+        assert report is not None and len(report.chunks) == 4
+        assert report.seconds <= expected + SLACK_S
+    # In the first 8 kB of every object its first pass is whole: that is handed over by then.
+    assert report.reasons["late"] == 4  # the second request got nothing at all
+    assert fetcher.stats()["chunks.loaded"] >= 1
+    assert sum(thread.name == "cachegen-read" for thread in threading.enumerate()) <= 16
 
 
-def test_a_failing_store_raises_in_the_caller(stored) -> None:
-    class Broken:
-        def get(self, name: str):
-            raise ConnectionResetError("gone")
+def test_a_store_that_hangs_at_once(progressive, fetcher_of) -> None:
+    release = threading.Event()
+    fetcher = fetcher_of(
+        FakeStore(progressive, lambda *_: release.wait(LONG_S) and None), release=release
+    )
+    begin = time.monotonic()
+    report = fetcher.request(keys_of(4), deadline_s=0.1).wait(LONG_S)
+    assert time.monotonic() - begin <= 0.1 + SLACK_S
+    assert report.reasons == {"late": 4}
 
-    with pytest.raises(ConnectionResetError):
-        list(fetch_chunks(Broken(), keys(2), load))
+
+def test_an_error_midway_keeps_what_is_whole(progressive, fetcher_of) -> None:
+    victim = keys_of(4)[1].name
+
+    def fail(number, name, begin, end):
+        if name == victim and begin > 0:
+            raise StoreError("link", got="a reset")
+
+    report = fetcher_of(FakeStore(progressive, fail)).request(keys_of(4)).wait(LONG_S)
+    assert report.reasons == {"loaded": 4}
+    assert 0 < report.chunks[1].read_bytes <= 8192
+    assert isinstance(report.chunks[1].error, StoreError)
+    assert report.error is report.chunks[1].error
 
 
-def test_no_keys() -> None:
-    assert list(fetch_chunks(MemoryStore(), [], load)) == []
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (StoreTimeoutError("store", got="nothing"), Reason.STORE_TIMEOUT),
+        (ConnectionResetError("gone"), Reason.STORE_ERROR),
+        (ValueError("a bug of the store"), Reason.STORE_ERROR),
+    ],
+)
+def test_an_error_at_once(progressive, fetcher_of, error, reason) -> None:
+    def fail(number, name, begin, end):
+        if name == keys_of(4)[2].name:
+            raise error
+
+    report = fetcher_of(FakeStore(progressive, fail)).request(keys_of(4)).wait(LONG_S)
+    assert [item.reason for item in report.chunks[2:]] == [reason, Reason.AFTER_MISS]
+    assert report.prefix_chunks == 2
+    assert report.error is error
+
+
+def test_wrong_bytes_are_never_delivered(progressive, fetcher_of) -> None:
+    """Any one flipped bit: either it is never read, or the chunk does not come."""
+    victim = keys_of(4)[0].name
+    rng = np.random.default_rng(3)
+    fetcher = fetcher_of(FakeStore({}))
+    store = fetcher._pool._source
+    truth = decode(progressive[victim])
+    for place in rng.integers(0, len(progressive[victim]), 25):
+        data = bytearray(progressive[victim])
+        data[place] ^= 1 << int(rng.integers(8))
+        store.objects = {victim: bytes(data)}
+        seen = []
+        report = fetcher.request([keys_of(1)[0]], deliver=seen.append).wait(LONG_S)
+        (item,) = report.chunks
+        if item.came:
+            assert same(seen[0].chunk, truth)
+        else:
+            assert item.reason in (Reason.DAMAGED, Reason.OTHER_KEY)
+            assert not seen
+    assert fetcher.stats()["chunks.damaged"] >= 20
+
+
+def test_cancelling_in_the_middle(progressive, fetcher_of) -> None:
+    release, reached = threading.Event(), threading.Event()
+
+    def stall(number, *_):
+        if number == 5:
+            reached.set()
+            release.wait(LONG_S)
+
+    seen = []
+    fetcher = fetcher_of(FakeStore(progressive, stall), release=release, readers=1)
+    with fetcher.request(keys_of(4), deliver=seen.append) as handle:
+        assert reached.wait(LONG_S)
+    report = handle.wait(LONG_S)
+    assert report.chunks[-1].reason is Reason.CANCELLED
+    count = len(seen)
+    release.set()
+    time.sleep(0.02)
+    assert len(seen) == count == report.prefix_chunks
+
+
+def test_nothing_is_delivered_behind_the_fence(progressive, fetcher_of) -> None:
+    seen = []
+    fetcher = fetcher_of(FakeStore(progressive))
+    report = fetcher.request(keys_of(4), deliver=seen.append, fence=lambda: len(seen) < 2).wait(
+        LONG_S
+    )
+    assert [item.index for item in seen] == [0, 1]
+    assert report.reasons == {"loaded": 2, "fenced": 2}
+
+
+def test_a_delivery_under_way_ends_before_the_request(progressive, fetcher_of) -> None:
+    began, go_on = threading.Event(), threading.Event()
+    ended = []
+
+    def deliver(item) -> None:
+        began.set()
+        go_on.wait(LONG_S)
+        ended.append(item.index)
+
+    handle = fetcher_of(FakeStore(progressive)).request(keys_of(4), deliver=deliver)
+    assert began.wait(LONG_S)
+    handle.cancel()
+    assert handle.wait(0.02) is None
+    assert not ended
+    go_on.set()
+    report = handle.wait(LONG_S)
+    assert ended == [0]
+    assert report.reasons == {"loaded": 1, "cancelled": 3}
+
+
+def test_callbacks_that_raise(progressive, fetcher_of) -> None:
+    def bad(*_):
+        raise RuntimeError("not my day")
+
+    fetcher = fetcher_of(FakeStore(progressive))
+    report = fetcher.request(keys_of(4), deliver=bad).wait(LONG_S)
+    assert report.chunks[0].reason is Reason.CALLBACK_ERROR
+    assert "not my day" in str(report.error)
+    assert fetcher.request(keys_of(4), progress=bad).wait(LONG_S).reasons["callback_error"] > 0
+    report = fetcher.request(keys_of(4), decode=bad).wait(LONG_S)
+    assert report.chunks[0].reason is Reason.DAMAGED
+    # The threads have outlived all of it.
+    assert fetcher.request(keys_of(4)).wait(LONG_S).reasons == {"loaded": 4}
+
+
+def test_direct_delivery_decodes_by_itself(progressive, fetcher_of) -> None:
+    sizes = []
+
+    def direct(item) -> None:
+        assert item.chunk is None
+        decode(item.data, key=item.key, allow_partial=True)
+        sizes.append(len(item.data))
+
+    fetcher = fetcher_of(FakeStore(progressive))
+    report = fetcher.request(keys_of(4), direct=direct, quality="small").wait(LONG_S)
+    assert report.reasons == {"loaded": 4}
+    assert sizes == [item.read_bytes for item in report.chunks]
+    with pytest.raises(ConfigError, match="one of them"):
+        fetcher.request(keys_of(4), direct=direct, deliver=direct)
+
+
+def test_recomputing_what_is_missing(progressive, chunks, fetcher_of) -> None:
+    objects = dict(progressive)
+    del objects[keys_of(4)[1].name]
+    order = []
+
+    def recompute(item):
+        order.append(("recompute", item.index))
+        return chunks[item.index]
+
+    fetcher = fetcher_of(FakeStore(objects))
+    report = fetcher.request(
+        keys_of(4), recompute=recompute, deliver=lambda item: order.append(("load", item.index))
+    ).wait(LONG_S)
+    assert order == [("load", 0), ("recompute", 1), ("load", 2), ("load", 3)]
+    assert report.chunks[1].chunk is chunks[1]
+    assert report.reasons == {"loaded": 3, "recomputed": 1}
+
+
+def test_progress_says_how_far_it_is(progressive, fetcher_of) -> None:
+    seen = []
+    report = (
+        fetcher_of(FakeStore(progressive))
+        .request(
+            keys_of(4), progress=lambda report: seen.append((report.wire_bytes, len(report.chunks)))
+        )
+        .wait(LONG_S)
+    )
+    assert max(seen) == (report.wire_bytes, 4)
+
+
+def test_the_urgent_request_comes_first_and_the_other_does_not_starve(
+    progressive, fetcher_of
+) -> None:
+    store = Paced(progressive, 400e3)
+    other = {f"x{name[1:]}": data for name, data in progressive.items()}
+    store.objects.update(other)
+    fetcher = fetcher_of(store, readers=2)
+    patient = fetcher.request(keys_of(4), policy=FixedPolicy())
+    urgent = fetcher.request(keys_of(4), policy=FixedPolicy(), deadline_s=LONG_S)
+    report = urgent.wait(LONG_S)
+    got = patient.report().wire_bytes
+    assert report.reasons == {"loaded": 4}
+    assert 0.1 * report.wire_bytes < got < 0.9 * report.wire_bytes
+    assert patient.wait(LONG_S).reasons == {"loaded": 4}
+
+
+def test_a_straggler_is_read_again(progressive, fetcher_of) -> None:
+    """One read hangs; those after it go on, and a second one for its bytes gets through."""
+    release, hung = threading.Event(), []
+
+    def stall(number, name, begin, end):
+        if number == 20:
+            hung.append((name, begin, end))
+            release.wait(LONG_S)
+        else:
+            time.sleep(0.001)
+
+    fetcher = fetcher_of(FakeStore(progressive, stall), release=release)
+    hedged = 0
+    for _ in range(3):
+        report = fetcher.request(keys_of(4)).wait(LONG_S)
+        assert report is not None and report.reasons == {"loaded": 4}
+        hedged += report.hedged_reads
+    assert hung
+    assert hedged >= 1
+
+
+def test_memory_is_bounded(progressive, fetcher_of) -> None:
+    held = []
+    fetcher = fetcher_of(FakeStore(progressive), held_bytes=40_000, decoders=1)
+
+    def progress(_report) -> None:
+        pool = fetcher._pool
+        with pool.cond:
+            held.append(sum(state.held_bytes for state in pool._active))
+
+    report = fetcher.request(keys_of(4), progress=progress).wait(LONG_S)
+    assert report.reasons == {"loaded": 4}
+    # The bound, and what the reads under way had been promised.
+    assert max(held) <= 40_000 + 4 * 16_384
+    report = fetcher_of(FakeStore(progressive), held_bytes=1).request(keys_of(4)).wait(LONG_S)
+    assert report.reasons == {"loaded": 4}
+
+
+def test_it_learns_the_link_and_the_decoder(progressive, fetcher_of) -> None:
+    bandwidth = BandwidthEstimator()
+    fetcher = fetcher_of(Paced(progressive, 1e6), bandwidth=bandwidth)
+    guess = fetcher.speeds.speeds().decode_bytes_per_s
+    for _ in range(2):
+        fetcher.request(keys_of(4)).wait(LONG_S)
+    rate = bandwidth.estimate(time.monotonic()).rate_bytes_per_s()
+    assert 0.2e6 < rate < 2e6
+    assert fetcher.speeds.speeds().decode_bytes_per_s != guess
+
+
+def test_closing(progressive, fetcher_of) -> None:
+    release = threading.Event()
+    store = FakeStore(progressive, lambda *_: release.wait(LONG_S) and None)
+    fetcher = fetcher_of(store, release=release)
+    handle = fetcher.request(keys_of(4))
+    fetcher.close()
+    assert handle.wait(LONG_S).reasons == {"cancelled": 4}
+    with pytest.raises(ConfigError, match="closed"):
+        fetcher.request(keys_of(4))
+    assert not Fetcher(store).stats()  # and nothing was started
+
+
+def test_settings() -> None:
+    for name in ("readers", "decoders", "held_bytes"):
+        with pytest.raises(ConfigError):
+            Fetcher(MemoryStore(), **{name: 0})
+    with Fetcher(MemoryStore()) as fetcher:
+        assert fetcher.request([]).wait(LONG_S).chunks == ()
+        with pytest.raises(ConfigError, match="deadline"):
+            fetcher.request([], deadline_s=float("nan"))

@@ -6,33 +6,34 @@ first hardly depends on what is far away, the second depends on single tokens of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cachegen.bench.baselines.base import Bill
 from cachegen.bench.curves import Curve, CurveError, bd_rate
-
-if TYPE_CHECKING:
-    from cachegen.bench.evaluate import Measurement
 
 # A curve billed without what only makes objects of it: to a peer's advantage.
 UNFRAMED = ", framing not billed"
 
-Sizes = Callable[[Bill], int]
+Row = dict[str, Any]
+# Per-prompt sizes, framing in them, and KL of a row, for each quality.
+FIELDS = {
+    "text": ("bytes_by_text", "framing_by_text", "kl_by_text"),
+    "answers": ("bytes_by_prompt", "framing_by_prompt", "answer_kl_by_prompt"),
+}
 
 
-def bd_rates(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+def bd_rates(rows: Sequence[Row]) -> list[Row]:
     """Compare every setting of the first family with the peers of the same chunk size.
 
-    Peers that code whole prefixes are compared at every chunk size. Returns: for each pair and
-    quality the BD-rate in per cent with its interval and its worst place, or why there is none.
+    rows: operating points of an evaluation. Peers that code whole prefixes are compared at every
+    chunk size. Returns: for each pair and quality the BD-rate in per cent with its interval and its
+    worst place, or why there is none.
     """
-    results: list[dict[str, Any]] = []
-    for quality in ("text", "answers"):
-        curves = curves_of(measurements, quality)
+    results: list[Row] = []
+    for quality in FIELDS:
+        curves = curves_of(rows, quality)
         if not curves:
             continue
         first = _setting(curves[0].name)[0]
@@ -46,39 +47,26 @@ def bd_rates(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
     return results
 
 
-def curves_of(measurements: Sequence[Measurement], quality: str = "text") -> list[Curve]:
+def curves_of(rows: Sequence[Row], quality: str = "text") -> list[Curve]:
     """Return the curve of each family, in the order of their first points.
 
-    quality: "text" or "answers". Families that are billed for framing and share no tables with
-    their chunks have a second curve without it, where they follow the paper's setting.
+    quality: "text" or "answers". The paper's setting has a second curve, without framing.
     """
-    families: dict[str, list[Measurement]] = {}
-    for measurement in measurements:
-        if not measurement.named:
-            families.setdefault(measurement.family, []).append(measurement)
+    families: dict[str, list[Row]] = {}
+    for row in rows:
+        if not row["named"]:
+            families.setdefault(row["family"], []).append(row)
     curves = []
     for name, points in families.items():
-        bills, kl = _measured(points, quality)
+        size, framing, kl = (
+            np.array([point[field] for point in points], np.float64) for field in FIELDS[quality]
+        )
         if not kl.size:
             continue
-        curves.append(Curve(name, _sizes(bills, lambda bill: bill.total_bytes), kl))
+        curves.append(Curve(name, size, kl))
         if name.removeprefix("h2o+").startswith("cachegen-paper"):
-            bare = _sizes(bills, lambda bill: bill.total_bytes - bill.framing_bytes)
-            curves.append(Curve(name + UNFRAMED, bare, kl))
+            curves.append(Curve(name + UNFRAMED, size - framing, kl))
     return curves
-
-
-def _measured(
-    points: Sequence[Measurement], quality: str
-) -> tuple[list[list[Bill]], NDArray[np.float64]]:
-    if quality == "answers":
-        return [p.task_bills for p in points], np.array([p.answer_kl for p in points], np.float64)
-    kl = [[agreement.kl_nats for agreement in point.agreements] for point in points]
-    return [point.bills for point in points], np.array(kl, np.float64)
-
-
-def _sizes(bills: Sequence[Sequence[Bill]], size: Sizes) -> NDArray[np.float64]:
-    return np.array([[size(bill) for bill in row] for row in bills], np.float64)
 
 
 def _is_unframed(curve: Curve) -> bool:

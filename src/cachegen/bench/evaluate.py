@@ -6,6 +6,7 @@ prompts for means, Wilson for accuracies, over all questions.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from cachegen.bench.baselines.base import Bill, Peer, Point, Prefix
 from cachegen.bench.baselines.families import Calibration, build, check_names
+from cachegen.bench.calibrate import calibrate
 from cachegen.bench.claims import claims
 from cachegen.bench.comparisons import bd_rates
 from cachegen.bench.quality import (
@@ -75,6 +77,7 @@ def run_evaluation(
     profile: Profile | None = None,
     chunk_tokens: Sequence[int] = (DEFAULT_CHUNK_TOKENS,),
     sizes: Sizes | None = None,
+    reuse: dict[str, Any] | None = None,
     progress: Progress = lambda line: None,
 ) -> dict[str, Any]:
     """Measure families of operating points on a model; return JSON-able values.
@@ -82,6 +85,7 @@ def run_evaluation(
     model_path: folder or name of a model. names: families, see ``baselines.families``; the first
     one, at each of its settings, is compared with the others by BD-rate. text, calibration_text:
     default to ``eval_text.txt`` and ``calibration_text.txt`` in the folder of the model.
+    reuse: an earlier result of the same workload, whose families are not measured again.
     Raises: ConfigError for unknown names or unsuitable texts; whatever a peer raises.
     """
     check_names(names)
@@ -104,8 +108,25 @@ def run_evaluation(
         progress=progress,
     )
     progress("fitting to calibration text")
-    peers = build(names, Calibration(work.contexts, profile), chunk_tokens=chunk_tokens)
-    measurements = measure(model, work, peers, progress=progress)
+
+    def fit() -> Profile:
+        context, count = sizes.prefix_tokens, len(work.fit_ids)
+        return calibrate(
+            model, work.fit_ids, model_name=folder.name, context=context, tokens=context * count
+        )
+
+    calibration = Calibration(work.contexts, profile, fit)
+    peers = build(names, calibration, chunk_tokens=chunk_tokens)
+    identity = workload_digest(work)
+    known = reusable_rows(reuse, identity) if reuse else {}
+    fresh = [peer for peer in peers if peer.family not in known]
+    measurements = measure(model, work, fresh, progress=progress)
+    measured = summarize_rows(measurements, work)
+    by_family = {**known}
+    for row in measured["rows"]:
+        by_family.setdefault(row["family"], []).append(row)
+    families = dict.fromkeys(peer.family for peer in peers)
+    rows = [row for family in families for row in by_family[family]]
     kv = work.texts[0].prefix.kv
     result = {
         "model": {
@@ -124,11 +145,45 @@ def run_evaluation(
         "calibration_tokens": sum(context.tokens for context in work.contexts),
         "chunk_tokens": list(chunk_tokens),
         "lossless_kl_nats": LOSSLESS_KL,
-        **summarize_rows(measurements, work),
-        "bd_rates": bd_rates(measurements),
+        "workload": identity,
+        "reused_families": [family for family in families if family in known],
+        **measured,
+        "rows": rows,
+        "bd_rates": bd_rates(rows),
     }
     cpu_s = round(time.process_time() - begin)
     return {**result, "claims": claims(result), "cpu_seconds": cpu_s, **environment()}
+
+
+def workload_digest(work: Workload) -> str:
+    """Return a digest of what is measured: prompts, calibration, and what the model makes of them.
+
+    The uncompressed model's answers and the KV of the first text stand for its weights.
+    """
+    sha = hashlib.sha256()
+    for case in work.texts:
+        sha.update(repr((case.token_ids, case.prefix.kv.tokens)).encode())
+    for name, cases in work.tasks.items():
+        for task in cases:
+            sha.update(repr((name, task.prompt.prefix_ids, task.reference.right)).encode())
+    sha.update(repr(work.fit_ids).encode())
+    sha.update(np.ascontiguousarray(work.texts[0].prefix.kv.layers[-1].values).tobytes())
+    return sha.hexdigest()[:32]
+
+
+def reusable_rows(earlier: dict[str, Any], identity: str) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of an earlier result by family. Raises: ConfigError for another workload."""
+    if earlier.get("workload") != identity:
+        raise ConfigError(
+            "workload of the earlier result",
+            got=earlier.get("workload"),
+            expected=identity,
+            remedy="the same model, texts, sizes and calibration, or measure everything",
+        )
+    families: dict[str, list[dict[str, Any]]] = {}
+    for row in earlier["rows"]:
+        families.setdefault(row["family"], []).append(row)
+    return families
 
 
 def measure(
@@ -242,7 +297,11 @@ def _row(
         "distortion": float(np.mean(measurement.distortions)) if measurement.distortions else None,
         "lossless_in_practice": bool(kl.mean() <= LOSSLESS_KL and covered),
         "bytes_by_text": total.tolist(),
+        "framing_by_text": [bill.framing_bytes for bill in measurement.bills],
         "kl_by_text": kl.tolist(),
+        "bytes_by_prompt": [bill.total_bytes for bill in measurement.task_bills],
+        "framing_by_prompt": [bill.framing_bytes for bill in measurement.task_bills],
+        "answer_kl_by_prompt": measurement.answer_kl,
     }
 
 

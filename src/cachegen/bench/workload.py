@@ -26,9 +26,14 @@ OVERLAP_TOKENS = 32
 # Far from the seeds of training and of the model's own card.
 FIRST_SEED = 5_000_000
 CALIBRATION_SEED = 7_000_000
+# Facts and chains of a prompt of this many tokens; shorter ones have as many fewer.
+FULL_TOKENS = 1024
 QUESTIONS = 40
 NEEDLES = 6
+MENTIONS = 40
 CHAINS = 10
+# Of a question and its answer, twice.
+ANSWERED_TOKENS = 6
 # Below this share of right answers a task says nothing about codecs.
 MIN_ACCURACY = 0.2
 
@@ -75,11 +80,15 @@ class TaskCase:
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """Everything that operating points are measured on, and what may be calibrated on."""
+    """Everything that operating points are measured on, and what may be calibrated on.
+
+    contexts, fit_ids: 16-bit KV and token ids of each calibration context.
+    """
 
     texts: tuple[TextCase, ...]
     tasks: dict[str, tuple[TaskCase, ...]]
     contexts: tuple[KVChunk, ...]
+    fit_ids: tuple[tuple[int, ...], ...] = ()
 
     @property
     def measured_tasks(self) -> dict[str, tuple[TaskCase, ...]]:
@@ -146,7 +155,7 @@ def load_workload(
     }
     progress("capturing calibration texts")
     contexts = tuple(capture(model, [ids])[0].kv.astype(STORED_DTYPE) for ids in fit_ids)
-    return Workload(tuple(texts), tasks, contexts)
+    return Workload(tuple(texts), tasks, contexts, tuple(map(tuple, fit_ids)))
 
 
 def capture_task(
@@ -211,14 +220,23 @@ def _captured(
 
 
 def calibration_prompts(folder: Path, filler: list[int], sizes: Sizes) -> list[list[int]]:
-    """Draw prefixes with facts in calibration text, which no evaluation prompt contains."""
+    """Draw contexts with facts in calibration text, then every question with its answer, twice.
+
+    No evaluation prompt contains these facts. A profile weighs errors by what they do to the
+    predictions at the end of a context: that of prose alone takes what recall needs for noise.
+    """
     if not (folder / "retrieval.json").is_file():
         return []
     task = RetrievalTask(Vocabulary.load(folder), filler)
-    return [
-        list(task.sample(CALIBRATION_SEED + i, sizes.prefix_tokens, facts=QUESTIONS).prefix_ids)
-        for i in range(sizes.calibration_prompts)
-    ]
+    facts = _scaled(QUESTIONS, sizes)
+    drawn = []
+    for i in range(sizes.calibration_prompts):
+        prompt = task.sample(
+            CALIBRATION_SEED + i, sizes.prefix_tokens - ANSWERED_TOKENS * facts, facts=facts
+        )
+        asked = [token for q in prompt.questions for token in (*q.ids, q.answer)]
+        drawn.append([*prompt.prefix_ids, *asked, *asked])
+    return drawn
 
 
 def _task_prompts(folder: Path, sizes: Sizes) -> dict[str, list[RetrievalPrompt]]:
@@ -229,15 +247,21 @@ def _task_prompts(folder: Path, sizes: Sizes) -> dict[str, list[RetrievalPrompt]
     tokens = sizes.prefix_tokens + 1
     prompts = {
         "retrieval": [
-            task.sample(FIRST_SEED + i, tokens, facts=QUESTIONS)
+            task.sample(FIRST_SEED + i, tokens, facts=_scaled(QUESTIONS, sizes))
             for i in range(sizes.retrieval_prompts)
         ],
         "needle": [
-            task.needle(FIRST_SEED + i, tokens, needles=NEEDLES)
+            task.needle(FIRST_SEED + i, tokens, needles=NEEDLES, mentions=_scaled(MENTIONS, sizes))
             for i in range(sizes.needle_prompts)
         ],
         "tracking": [
-            task.trace(FIRST_SEED + i, tokens, chains=CHAINS) for i in range(sizes.tracking_prompts)
+            task.trace(FIRST_SEED + i, tokens, chains=_scaled(CHAINS, sizes))
+            for i in range(sizes.tracking_prompts)
         ],
     }
     return {name: drawn for name, drawn in prompts.items() if drawn}
+
+
+def _scaled(count: int, sizes: Sizes) -> int:
+    """Return how many of something a prompt of this length has."""
+    return max(2, min(count, count * sizes.prefix_tokens // FULL_TOKENS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from cachegen.cli.common import JsonOption, ModelArgument, console, errors, model_folder
 
+CALIBRATION_TOKENS = 16_384
 DEFAULT_CODECS = ["cachegen", "raw", "int8"]
 
 
@@ -39,6 +41,13 @@ def evaluate(
     profile: Annotated[Path | None, typer.Option(help="Profile for codecs that take one.")] = None,
     texts: Annotated[int, typer.Option(help="Number of held-out texts.")] = 8,
     prefix_tokens: Annotated[int, typer.Option(help="Tokens of a prefix.")] = 1024,
+    continuation_tokens: Annotated[
+        int, typer.Option(help="Tokens predicted after each prefix.")
+    ] = 256,
+    reuse: Annotated[
+        Path | None,
+        typer.Option(help="Result of an earlier run: its families are not measured again."),
+    ] = None,
     json_file: JsonOption = None,
     plot: Annotated[Path | None, typer.Option(metavar="F.png", help="Draw a chart.")] = None,
 ) -> None:
@@ -47,6 +56,7 @@ def evaluate(
     from cachegen.profile import Profile
 
     loaded = Profile.load(profile) if profile else None
+    earlier = json.loads(reuse.read_text(encoding="utf-8")) if reuse else None
     with errors.status("loading libraries") as status:
         from cachegen.bench.evaluate import run_evaluation
         from cachegen.bench.rate_quality import plot_evaluation, print_evaluation
@@ -62,8 +72,11 @@ def evaluate(
             sizes=Sizes(
                 texts=texts,
                 prefix_tokens=prefix_tokens,
+                continuation_tokens=continuation_tokens,
+                calibration_contexts=max(16, CALIBRATION_TOKENS // prefix_tokens),
                 calibration_prompts=calibration_prompts,
             ),
+            reuse=earlier,
             progress=status.update,
         )
     print_evaluation(result, console)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from cachegen.cli import evaluate, profiles
+from cachegen.cli import bench, config, doctor, evaluate, explain, profiles, simulate, store
 from cachegen.cli.common import JsonOption, ModelArgument, OutOption, console, errors, model_folder
 from cachegen.errors import CacheGenError, InputError
 
@@ -129,7 +129,9 @@ def capture(
 def encode(
     kv_file: Annotated[Path, typer.Argument(help="What `cachegen capture` wrote.")],
     output: OutOption,
-    codec: Annotated[str, typer.Option(help="raw, int8, cachegen or progressive.")] = "cachegen",
+    codec: Annotated[
+        str, typer.Option(help="raw, lossless, int8, cachegen or progressive.")
+    ] = "cachegen",
     level: Annotated[int | None, typer.Option(help="cachegen: 1 (smallest) to 3.")] = None,
     delta: Annotated[str | None, typer.Option(help="cachegen: none or anchor.")] = None,
     tables: Annotated[
@@ -235,30 +237,6 @@ def inspect(
 
 
 @cli.command()
-def verify(
-    object_file: Annotated[Path, typer.Argument(help="A .cgen object.")],
-    profile: Annotated[Path | None, typer.Option(help="Profile, to decode it as well.")] = None,
-    max_bytes: Annotated[int, typer.Option(help="Refuse to decode to more than this.")] = 1 << 30,
-    json_file: JsonOption = None,
-) -> None:
-    """Check every checksum and decode the object; exit code 2 if anything is wrong."""
-    from cachegen.bench.report import write_json
-    from cachegen.codec.registry import decode as decode_object
-    from cachegen.codec.summary import summarize
-
-    data = object_file.read_bytes()
-    summary = summarize(data)
-    decoded = summary.header.profile is None or profile is not None
-    if decoded:
-        loaded = _load_profile(profile) if profile else None
-        decode_object(data, profile=loaded, max_decoded_bytes=max_bytes)
-    how = "decodes" if decoded else "checksums right (pass --profile to decode it too)"
-    console.print(f"{object_file}: sound, {how}")
-    if json_file:
-        write_json(json_file, {"file": object_file.name, "sound": True, "decoded": decoded})
-
-
-@cli.command()
 def version() -> None:
     """Print the version, the format version and the instruction set in use."""
     from cachegen import __version__, native
@@ -269,4 +247,10 @@ def version() -> None:
 
 
 profiles.register(cli)
+store.register(cli)
+config.register(cli)
+doctor.register(cli)
+explain.register(cli)
 evaluate.register(cli)
+simulate.register(cli)
+bench.register(cli)

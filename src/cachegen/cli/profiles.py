@@ -35,31 +35,54 @@ def calibrate(
     output: OutOption,
     tokens: TokensOption = 16_384,
     context: ContextOption = 1024,
+    group_layers: Annotated[
+        int | None,
+        typer.Option(help="Layers one transform joins: 1, 2, 4 or 8; default: by the width."),
+    ] = None,
+    joint: Annotated[
+        str | None, typer.Option(help="K and V in one transform (kv, default), or apart.")
+    ] = None,
+    components: Annotated[
+        float, typer.Option(help="Share of each transform's components to keep.")
+    ] = 1.0,
+    sensitivity: Annotated[
+        bool, typer.Option(help="Weigh errors by gradients of the model's predictions.")
+    ] = True,
 ) -> None:
     """Fit a profile to text: means and bases that make objects of this model much smaller."""
-    content = _read(text)
+    if joint not in (None, "kv", "apart"):
+        raise ConfigError("--joint", got=joint, expected="kv or apart")
+    contents = [path.read_text(encoding="utf-8") for path in text]
     if not output.parent.is_dir():
         raise ConfigError("folder", got=output.parent, expected="a folder", remedy="create it")
     with errors.status("loading libraries") as status:
         from cachegen.bench.calibrate import calibrate as fit
+        from cachegen.codec.fit import choose_groups
         from cachegen.hf.load import begin_and_text, load_model
+        from cachegen.hf.models import geometry_of
 
         loaded, tokenizer = load_model(model_folder(model))
-        begin, ids = begin_and_text(tokenizer, content)
+        groups = choose_groups(geometry_of(loaded), layers=group_layers, joint=joint != "apart")
+        tokenized = [begin_and_text(tokenizer, content) for content in contents]
         name = Path(model).name
         profile = fit(
             loaded,
-            ids,
+            [ids for _, ids in tokenized],
             model_name=name,
             tokens=tokens,
             context=context,
-            begin=begin,
+            begin=tokenized[0][0],
+            groups=groups,
+            sensitivity=sensitivity,
+            components=components,
             progress=status.update,
         )
         profile.save(output)
-    groups = len(profile.meta["groups"])
+    refusal = profile.meta.get("no_sensitivity")
+    if sensitivity and refusal:
+        console.print(f"errors are weighed alike: {refusal}")
     console.print(
-        f"{output}: {output.stat().st_size:,} bytes, {groups} groups, "
+        f"{output}: {output.stat().st_size:,} bytes, {len(groups)} groups, "
         f"{profile.meta['calibration_tokens']} tokens, digest {profile.digest.hex()[:16]}"
     )
 

@@ -12,6 +12,7 @@ from cachegen.chunk import KVChunk, LayerKV
 from cachegen.codec.container import DEFAULT_MAX_DECODED_BYTES, Buffer
 from cachegen.codec.header import Header, SegmentBody
 from cachegen.codec.reader import ObjectReader
+from cachegen.codec.target import Target
 from cachegen.errors import CorruptError
 from cachegen.profile import Profile
 from cachegen.types import Array, ChunkKey
@@ -57,12 +58,15 @@ class Codec(ABC):
                 expected=f"{self.codec_id} ({self.name})",
                 remedy="use cachegen.decode, which picks the codec by the object",
             )
-        return self.decode_object(reader, profile=getattr(self, "profile", None))
+        chunk = empty_chunk(reader.header)
+        target = Target(reader.header, chunk)
+        self.decode_into(reader, target, profile=getattr(self, "profile", None))
+        return chunk
 
     @classmethod
     @abstractmethod
-    def decode_object(cls, reader: ObjectReader, *, profile: Profile | None) -> KVChunk:
-        """Decode a checked object. Raises: FormatError, ProfileError."""
+    def decode_into(cls, reader: ObjectReader, target: Target, *, profile: Profile | None) -> None:
+        """Decode a checked object to where a target says. Raises: FormatError, ProfileError."""
 
     @classmethod
     def coded_shape(cls, header: Header, group: int, pass_index: int) -> tuple[int, int, int]:

@@ -1,14 +1,17 @@
-"""What the ``progressive`` codec knows of a model: groups of planes, means, KLT bases, deviations.
+"""What the ``progressive`` codec knows of a model: groups of planes, means, bases, deviations.
 
-Without a profile every plane is a group of its own and there is no transform. With one, the
-Karhunen-Loeve transform of each group is taken from calibration data: it turns the correlated
-channels of several heads, of K and V and of neighbouring layers into uncorrelated components.
+Without a profile there is no transform. With one, channels are first put into coordinates in which
+every error costs the same (see ``metric``), then the Karhunen-Loeve transform of each group, taken
+from calibration data, turns the correlated channels of several heads, of K and V and of
+neighbouring layers into uncorrelated components. ``codec.fit`` makes such a profile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +19,23 @@ from numpy.typing import NDArray
 from cachegen.chunk import KVChunk
 from cachegen.codec.header import Group, plane_groups
 from cachegen.codec.ladder import FAMILIES
+from cachegen.codec.metric import Metric, weigh
 from cachegen.codec.rotary import rotate
-from cachegen.errors import GeometryError, ProfileError
+from cachegen.errors import ProfileError
 from cachegen.profile import Profile
-from cachegen.types import Array, Geometry
+from cachegen.types import Geometry
 
 Floats = NDArray[np.float32]
 
-KIND = "progressive-1"
-# A step of V is finer than one of K by this factor: measured through models, see the decisions.
+KIND = "progressive-2"
+# A step of V is finer than one of K by this factor where nothing is known of the model.
 VALUE_WEIGHT = 1.5
-MAX_GROUP_CHANNELS = 2048
-MIN_SEGMENT_CHANNELS = 1024
+# Weight of V in objects whose profile has measured what every error costs.
+MEASURED_WEIGHT = 1.0
+MIN_SEGMENT_CHANNELS = 256
+# An error in the first third of the layers counts this many times as much as a later one where
+# nothing is known of the model: later layers build on it. CacheGen's grading is the same prior.
+EARLY_WEIGHT = 4.0
 # Tokens beyond this many median norms are stored exactly: attention sinks, mostly.
 OUTLIER_NORM = 3.0
 
@@ -64,27 +72,73 @@ def outlier_tokens(rows: Floats) -> NDArray[np.int64]:
     return np.flatnonzero(norms > OUTLIER_NORM * max(float(np.median(norms)), 1e-30))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GroupBasis:
     """Statistics of one group of N channels, from a profile.
 
-    mean: (N,) float32 of the weighted channels. basis: (N, N) float32, a component per column.
+    mean: (N,) float32 of the channels. basis: (N, N) float32, what the decoder multiplies by:
+    ``components @ basis.T + mean`` are the channels. It is not orthonormal: components are those of
+    weighted channels, where an error of one costs as much as the same error of any other.
     deviation: (N,) float32 of the components. families: (N,) uint8, which table family fits.
+    vectors: (N, K) float32, the components of weighted channels, K <= N; columns of ``basis``
+    beyond K are 0. blocks: the weights, (H, D, D) for each plane.
     """
 
     mean: Floats
     basis: Floats
     deviation: Floats
     families: NDArray[np.uint8]
+    vectors: Floats
+    blocks: tuple[Floats, ...]
+
+    @cached_property
+    def _forward(self) -> Floats:
+        """Weighted channels to components, (N, K): the pseudo-inverse of rounded vectors."""
+        gram = self.vectors.T @ self.vectors
+        if np.abs(gram - np.eye(len(gram), dtype=np.float32)).sum(axis=0).max() >= 1:
+            raise ProfileError(
+                "vectors of a group",
+                got="far from orthonormal",
+                expected="orthonormal to within rounding",
+                remedy="the profile is damaged: calibrate again",
+            )
+        forward: Floats = self.vectors @ np.linalg.inv(gram)
+        return forward
+
+    def analyse(self, rows: Floats) -> Floats:
+        """Return the components of channels, (T, N) to (T, N) float32."""
+        components = np.zeros(rows.shape, np.float32)
+        kept = self.vectors.shape[1]
+        components[:, :kept] = weigh(rows - self.mean, self.blocks) @ self._forward
+        return components
 
 
 @dataclass(frozen=True)
 class ModelBasis:
-    """Groups of a model and, with a profile, their bases."""
+    """Groups of a model and, with a profile, their bases.
+
+    value_weight: what V is multiplied by before means and bases apply, and divided by in the end:
+    1.5, or 1 where a profile has measured weights of its own.
+    """
 
     groups: tuple[Group, ...]
     bases: tuple[GroupBasis | None, ...]
     value_weight: float = VALUE_WEIGHT
+
+    def error_weights(self) -> list[float]:
+        """Return what the squared errors of each group count, 1 in the mean over layers.
+
+        It decides what comes first in an object. Measured weights are in the components already.
+        """
+        layers = max(group.layer + group.layers for group in self.groups)
+        if self.value_weight == MEASURED_WEIGHT:
+            return [1.0] * len(self.groups)
+        weights = [EARLY_WEIGHT if 3 * layer < layers else 1.0 for layer in range(layers)]
+        mean = sum(weights) / layers
+        return [
+            sum(weights[group.layer : group.layer + group.layers]) / group.layers / mean
+            for group in self.groups
+        ]
 
 
 def plain_basis(chunk: KVChunk) -> ModelBasis:
@@ -105,190 +159,104 @@ def plain_basis(chunk: KVChunk) -> ModelBasis:
     return ModelBasis(groups, (None,) * len(groups))
 
 
+# Bases are the same for every chunk of a profile; making one takes longer than a chunk.
+_LOADED: WeakKeyDictionary[Profile, tuple[Geometry, ModelBasis]] = WeakKeyDictionary()
+
+
 def load_basis(profile: Profile, geometry: Geometry) -> ModelBasis:
     """Read the basis of a geometry from a profile. Raises: ProfileError if they do not fit."""
-    if profile.meta.get("kind") != KIND:
+    known = _LOADED.get(profile)
+    if known is None or known[0] != geometry:
+        known = geometry, _read_basis(profile, geometry)
+        _LOADED[profile] = known
+    return known[1]
+
+
+def _read_basis(profile: Profile, geometry: Geometry) -> ModelBasis:
+    meta = profile.meta
+    if meta.get("kind") != KIND:
         raise ProfileError(
             "profile kind",
-            got=profile.meta.get("kind"),
+            got=meta.get("kind"),
             expected=KIND,
             remedy="make one with cachegen calibrate",
         )
     shape = [geometry.layers, geometry.kv_heads, geometry.key_dim, geometry.value_dim]
-    if profile.meta.get("geometry") != shape:
+    if meta.get("geometry") != shape:
         raise ProfileError(
             "geometry of the profile",
-            got=profile.meta.get("geometry"),
+            got=meta.get("geometry"),
             expected=shape,
             remedy="calibrate this model and rank, or pass profile=None",
         )
-    groups, bases = [], []
-    for index, fields in enumerate(profile.meta.get("groups", [])):
-        group = Group(*(int(field) for field in fields))
-        channels = geometry.kv_heads * sum(
-            geometry.plane_dim(is_value=side) for _, side in planes_of_group(group)
+    groups = _read_groups(meta.get("groups"), geometry)
+    if meta.get("metric") == "plain":
+        metric, value_weight = Metric.plain(geometry), VALUE_WEIGHT
+    else:
+        keys, values = (profile.arrays.get(f"metric.{name}") for name in ("keys", "values"))
+        metric, value_weight = Metric.from_arrays(keys, values, geometry), MEASURED_WEIGHT
+    bases = tuple(
+        _read_group(profile, index, metric.blocks(planes_of_group(group)))
+        for index, group in enumerate(groups)
+    )
+    return ModelBasis(groups, bases, value_weight)
+
+
+def _read_groups(entries: object, geometry: Geometry) -> tuple[Group, ...]:
+    """Check that groups cover every plane once. Raises: ProfileError."""
+    try:
+        groups = tuple(Group(*(int(field) for field in fields)) for fields in entries)  # type: ignore[attr-defined]
+        planes = sorted(plane for group in groups for plane in planes_of_group(group))
+    except (TypeError, ValueError):
+        groups, planes = (), []
+    if planes != [(layer, side) for layer in range(geometry.layers) for side in (False, True)]:
+        raise ProfileError(
+            "groups of the profile",
+            got=entries,
+            expected="every plane in one group",
+            remedy="the profile is damaged: calibrate again",
         )
-        arrays = {
-            name: profile.arrays.get(f"group{index}.{name}")
-            for name in ("mean", "basis", "deviation", "families")
-        }
-        shapes = {name: (channels,) for name in arrays} | {"basis": (channels, channels)}
-        for name, array in arrays.items():
-            if array is None or array.shape != shapes[name]:
-                raise ProfileError(
-                    f"{name} of group {index}",
-                    got=None if array is None else array.shape,
-                    expected=shapes[name],
-                    remedy="the profile is damaged: calibrate again",
-                )
-        mean, basis, deviation = (
-            np.asarray(arrays[name], np.float32) for name in ("mean", "basis", "deviation")
-        )
-        families = np.asarray(arrays["families"]).astype(np.uint8)
-        finite = all(np.isfinite(array).all() for array in (mean, basis, deviation))
-        if not finite or families.max() >= FAMILIES:
-            raise ProfileError(f"group {index}", got="values out of range", expected="finite ones")
-        groups.append(group)
-        bases.append(GroupBasis(mean, basis, deviation, families))
-    return ModelBasis(tuple(groups), tuple(bases), float(profile.meta["value_weight"]))
+    return groups
 
 
-def choose_groups(geometry: Geometry, max_channels: int = MAX_GROUP_CHANNELS) -> list[Group]:
-    """Join K and V of as many layers (1, 2, 4, 8) as stay within max_channels, else nothing."""
-    per_layer = geometry.kv_heads * (geometry.key_dim + geometry.value_dim)
-    fitting = [count for count in (1, 2, 4, 8) if count * per_layer <= max_channels]
-    if not fitting:
-        return list(plane_groups(geometry.layers))
-    span = fitting[-1]
-    return [
-        Group(layer, min(span, geometry.layers - layer), 3)
-        for layer in range(0, geometry.layers, span)
-    ]
-
-
-def _ordinary(rows: Floats) -> Floats:
-    """Return the rows that are not outliers: the others are stored exactly anyway."""
-    return np.delete(rows, outlier_tokens(rows), axis=0)
-
-
-class BasisFit:
-    """Accumulates chunks into a profile: sums and products, and a few chunks as a sample.
-
-    geometry, groups, value_weight: as in ``fit_basis``. Memory: N * N float32 for each group of N
-    channels, and the sample.
-    """
-
-    SAMPLE_CHUNKS = 8
-
-    def __init__(
-        self,
-        geometry: Geometry,
-        *,
-        groups: Sequence[Group] | None = None,
-        value_weight: float = VALUE_WEIGHT,
-    ) -> None:
-        self.geometry = geometry
-        self.groups = list(groups) if groups is not None else choose_groups(geometry)
-        self.value_weight = value_weight
-        self.tokens = 0
-        self._before_rope: bool | None = None
-        self._counts: list[int] = []
-        self._sums: list[NDArray[np.float64]] = []
-        self._products: list[Floats] = []
-        self._sample: list[KVChunk] = []
-
-    def add(self, chunk: KVChunk) -> None:
-        """Take in a chunk. Raises: GeometryError for another geometry or a ragged chunk."""
-        before_rope = chunk.rope is not None
-        same = (chunk.geometry.layers, chunk.geometry.kv_heads, chunk.geometry.key_dim)
-        if same != (self.geometry.layers, self.geometry.kv_heads, self.geometry.key_dim):
-            raise GeometryError("calibration chunk", got=chunk.geometry, expected=self.geometry)
-        if not chunk.is_uniform or self._before_rope not in (None, before_rope):
-            raise GeometryError(
-                "calibration chunk",
-                got="layers with fewer tokens, or RoPE unlike the chunks before",
-                expected="chunks of one kind",
+def _read_group(profile: Profile, index: int, blocks: Sequence[Floats]) -> GroupBasis:
+    channels = sum(block.shape[0] * block.shape[1] for block in blocks)
+    arrays = {
+        name: profile.arrays.get(f"group{index}.{name}")
+        for name in ("mean", "basis", "scale", "deviation", "families")
+    }
+    basis = arrays["basis"]
+    kept = basis.shape[1] if basis is not None and basis.ndim == 2 else 0
+    shapes = dict.fromkeys(arrays, (channels,)) | {"basis": (channels, kept), "scale": (kept,)}
+    for name, array in arrays.items():
+        if array is None or array.shape != shapes[name] or not 1 <= kept <= channels:
+            raise ProfileError(
+                f"{name} of group {index}",
+                got=None if array is None else array.shape,
+                expected=shapes[name],
+                remedy="the profile is damaged: calibrate again",
             )
-        self._before_rope = before_rope
-        for index, group in enumerate(self.groups):
-            rows = _ordinary(group_matrix(chunk, group, self.value_weight))
-            if index == len(self._sums):
-                self._counts.append(0)
-                self._sums.append(np.zeros(rows.shape[1]))
-                self._products.append(np.zeros((rows.shape[1], rows.shape[1]), np.float32))
-            self._counts[index] += len(rows)
-            self._sums[index] += rows.sum(axis=0, dtype=np.float64)
-            self._products[index] += rows.T @ rows
-        self.tokens += chunk.tokens
-        if len(self._sample) < self.SAMPLE_CHUNKS:
-            self._sample.append(chunk)
-
-    def finish(self, *, model_name: str = "") -> Profile:
-        """Return the profile of all chunks so far. Raises: GeometryError if there are none."""
-        if not self.tokens:
-            raise GeometryError("calibration chunks", got=0, expected="at least one")
-        arrays: dict[str, Array] = {}
-        for index, group in enumerate(self.groups):
-            count = max(self._counts[index], 1)
-            mean = self._sums[index] / count
-            covariance = self._products[index].astype(np.float64) / count
-            covariance -= np.outer(mean, mean)
-            _, vectors = np.linalg.eigh(covariance)
-            basis = np.ascontiguousarray(vectors[:, ::-1].astype(np.float16))
-            wide = basis.astype(np.float32)
-            variance = np.einsum("ij,ij->j", wide, covariance.astype(np.float32) @ wide)
-            deviation = np.sqrt(np.maximum(variance, 1e-24)).astype(np.float32)
-            rows = [
-                _ordinary(group_matrix(chunk, group, self.value_weight)) for chunk in self._sample
-            ]
-            components = (np.concatenate(rows) - mean.astype(np.float32)) @ wide
-            arrays[f"group{index}.mean"] = mean.astype(np.float32)
-            arrays[f"group{index}.basis"] = basis
-            arrays[f"group{index}.deviation"] = deviation
-            arrays[f"group{index}.families"] = _families(components)
-        geometry = self.geometry
-        meta = {
-            "kind": KIND,
-            "geometry": [
-                geometry.layers,
-                geometry.kv_heads,
-                geometry.key_dim,
-                geometry.value_dim,
-            ],
-            "groups": [[group.layer, group.layers, group.planes] for group in self.groups],
-            "value_weight": self.value_weight,
-            "calibration_tokens": self.tokens,
-            "before_rope": bool(self._before_rope),
-        }
-        return Profile(model_name, arrays, meta)
+    mean, levels, scale, deviation = (
+        np.asarray(arrays[name], np.float32) for name in ("mean", "basis", "scale", "deviation")
+    )
+    families = np.asarray(arrays["families"]).astype(np.uint8)
+    vectors = levels * scale
+    sound = all(np.isfinite(array).all() for array in (mean, vectors, deviation))
+    if not sound or families.max() >= FAMILIES:
+        raise ProfileError(f"group {index}", got="values out of range", expected="finite ones")
+    return make_group_basis(mean, vectors, deviation, families, blocks)
 
 
-def fit_basis(
-    chunks: Iterable[KVChunk],
-    *,
-    model_name: str = "",
-    groups: Sequence[Group] | None = None,
-    value_weight: float = VALUE_WEIGHT,
-) -> Profile:
-    """Fit a profile of means, bases and deviations to calibration chunks.
-
-    chunks: uniform, of one geometry, with RoPE known if the model has it; 16K tokens or more
-        altogether for a good one. groups: None joins as ``choose_groups``.
-    Returns: a profile; bases in float16. Raises: GeometryError.
-    """
-    fit: BasisFit | None = None
-    for chunk in chunks:
-        if fit is None:
-            fit = BasisFit(chunk.geometry, groups=groups, value_weight=value_weight)
-        fit.add(chunk)
-    if fit is None:
-        raise GeometryError("calibration chunks", got=0, expected="at least one")
-    return fit.finish(model_name=model_name)
-
-
-def _families(components: Floats) -> NDArray[np.uint8]:
-    """Choose the shape of each component's distribution by E|x| / sigma of the three families."""
-    spread = np.sqrt(np.mean(np.square(components, dtype=np.float64), axis=0))
-    ratio = np.abs(components).mean(axis=0) / np.maximum(spread, 1e-12)
-    # E|x| / sigma: 0.634 for shape 0.7, 0.707 for Laplace, 0.798 for Gauss.
-    return np.where(ratio < 0.671, 0, np.where(ratio < 0.753, 1, 2)).astype(np.uint8)
+def make_group_basis(
+    mean: Floats,
+    vectors: Floats,
+    deviation: Floats,
+    families: NDArray[np.uint8],
+    blocks: Sequence[Floats],
+) -> GroupBasis:
+    """Join the parts of a group's statistics; see ``GroupBasis``."""
+    inverses = [np.linalg.inv(block.astype(np.float64)) for block in blocks]
+    basis = np.zeros((len(mean), len(mean)), np.float32)
+    # Blocks are symmetric, so that rows of the transposed vectors may be weighed.
+    basis[:, : vectors.shape[1]] = weigh(vectors.T.astype(np.float64), inverses).T
+    return GroupBasis(mean, basis, deviation, families, vectors, tuple(blocks))

@@ -19,7 +19,6 @@ from cachegen.chunk import KVChunk
 from cachegen.codec.base import (
     Codec,
     check_one_plane_per_group,
-    empty_chunk,
     payload_order,
     planes_of,
     quantization_error,
@@ -40,6 +39,7 @@ from cachegen.codec.entropy import (
 from cachegen.codec.grading import DEFAULT_LEVEL, MAX_BINS, MIN_BINS, CacheGenConfig
 from cachegen.codec.header import Header, SegmentBody
 from cachegen.codec.reader import ObjectReader
+from cachegen.codec.target import Target
 from cachegen.errors import ConfigError, CorruptError, GeometryError, ProfileError
 from cachegen.profile import Profile, require_profile
 from cachegen.types import Array, ChunkKey, KVDtype
@@ -194,7 +194,7 @@ class CacheGenCodec(Codec):
         )
 
     @classmethod
-    def decode_object(cls, reader: ObjectReader, *, profile: Profile | None) -> KVChunk:
+    def decode_into(cls, reader: ObjectReader, target: Target, *, profile: Profile | None) -> None:
         header = reader.header
         check_one_plane_per_group(header)
         mode, anchor_tokens, bins = unpack_params(header.params, header.geometry.layers)
@@ -204,14 +204,13 @@ class CacheGenCodec(Codec):
             profile = matching_profile(profile, header.profile)
         elif header.profile is not None:
             raise CorruptError("profile digest", got="present", expected="none for these tables")
-        chunk = empty_chunk(header)
-        for group, plane in enumerate(planes_of(chunk)):
-            if anchor_tokens:
-                levels = delta_levels(bins[group], group // 2, header.geometry.layers)
-                _decode_delta(reader, group, plane, levels, anchor_tokens, mode, profile)
-            else:
-                _decode_pass(reader, group, 0, plane, bins[group] // 2 - 1, mode, profile)
-        return chunk
+        for group in range(len(header.groups)):
+            with target.writing(group // 2, is_value=group % 2 == 1) as plane:
+                if anchor_tokens:
+                    levels = delta_levels(bins[group], group // 2, header.geometry.layers)
+                    _decode_delta(reader, group, plane, levels, anchor_tokens, mode, profile)
+                else:
+                    _decode_pass(reader, group, 0, plane, bins[group] // 2 - 1, mode, profile)
 
 
 @dataclass(frozen=True)

@@ -307,10 +307,8 @@ def _parse_segments(
     # Per group: 2 x finished passes, plus 1 after the side information of the next pass.
     progress = [0] * n_groups
     refining = False
-    for row in entries:
-        group, index = int(row["group"]), int(row["pass"])
-        kind, bits = int(row["kind"]) & 15, int(row["kind"]) >> 4
-        length, distortion = int(row["length"]), float(row["distortion"])
+    for checksum, length, distortion, group, index, both in entries.tolist():
+        kind, bits = both & 15, both >> 4
         sound_bits = 1 <= bits <= 8 if kind == PACKED else bits == 0
         if group >= n_groups or index >= passes or kind > BYTES or not sound_bits:
             raise CorruptError("segment", got=(group, index, kind, bits), expected="known values")
@@ -323,7 +321,6 @@ def _parse_segments(
             raise CorruptError("segment order", got="pass 0 late", expected="pass 0 first")
         refining = refining or index > 0
         progress[group] = 2 * done + 1 if kind == SIDE else 2 * done + 2
-        checksum = int(row["checksum"])
         segments.append(Segment(group, index, kind, offset, length, checksum, distortion, bits))
         offset += padded(length)
     if any(done != 2 * passes for done in progress):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cachegen.types import ChunkKey, Geometry, RopeSpec
 
@@ -34,8 +35,7 @@ def plane_groups(layers: int) -> tuple[Group, ...]:
     return tuple(Group(index // 2, 1, 1 + index % 2) for index in range(2 * layers))
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """An entry of the segment table. offset: of the segment's first byte in the object."""
 
     group: int

@@ -13,7 +13,6 @@ from cachegen.chunk import KVChunk
 from cachegen.codec.base import (
     Codec,
     check_one_plane_per_group,
-    empty_chunk,
     payload_order,
     planes_of,
     quantization_error,
@@ -34,6 +33,7 @@ from cachegen.codec.entropy import (
 )
 from cachegen.codec.header import SegmentBody
 from cachegen.codec.reader import ObjectReader
+from cachegen.codec.target import Target
 from cachegen.errors import CorruptError
 from cachegen.profile import Profile
 from cachegen.types import Array, ChunkKey
@@ -89,7 +89,7 @@ class Int8Codec(Codec):
         )
 
     @classmethod
-    def decode_object(cls, reader: ObjectReader, *, profile: Profile | None) -> KVChunk:
+    def decode_into(cls, reader: ObjectReader, target: Target, *, profile: Profile | None) -> None:
         header = reader.header
         check_one_plane_per_group(header)
         if header.params not in (b"\0\0\0\0", b"\1\0\0\0"):
@@ -97,24 +97,25 @@ class Int8Codec(Codec):
         entropy = header.params[0] == 1
         if header.passes != 1 + entropy:
             raise CorruptError("passes", got=header.passes, expected=1 + entropy)
-        chunk = empty_chunk(header)
-        for group, plane in enumerate(planes_of(chunk)):
-            tokens, heads, dim = plane.shape
-            side = reader.side(group, 0)
-            scales = read_scales(side, (tokens, heads), header.geometry.dtype.numpy)
-            shape = (tokens, heads * dim)
-            tables = side[scales.nbytes :]
-            if entropy:
-                symbols = _join_digits(reader, group, shape, tables)
-            else:
-                segment, body = reader.segment(group, 0)
-                check_kind(segment.kind, (BYTES,))
-                if len(tables):
-                    raise CorruptError("side information", got=len(side), expected=scales.nbytes)
-                symbols = unpack_bytes(body, shape)
-            _check_range(symbols)
-            native.dequantize(symbols, scales, LEVELS, plane)
-        return chunk
+        for group in range(len(header.groups)):
+            with target.writing(group // 2, is_value=group % 2 == 1) as plane:
+                tokens, heads, dim = plane.shape
+                side = reader.side(group, 0)
+                scales = read_scales(side, (tokens, heads), header.geometry.dtype.numpy)
+                shape = (tokens, heads * dim)
+                tables = side[scales.nbytes :]
+                if entropy:
+                    symbols = _join_digits(reader, group, shape, tables)
+                else:
+                    segment, body = reader.segment(group, 0)
+                    check_kind(segment.kind, (BYTES,))
+                    if len(tables):
+                        raise CorruptError(
+                            "side information", got=len(side), expected=scales.nbytes
+                        )
+                    symbols = unpack_bytes(body, shape)
+                _check_range(symbols)
+                native.dequantize(symbols, scales, LEVELS, plane)
 
 
 def _split_digits(symbols: Symbols) -> tuple[int, int, bytes, bytes, Symbols]:

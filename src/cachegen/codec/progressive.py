@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from cachegen.chunk import KVChunk
 from cachegen.codec import ladder, passes
-from cachegen.codec.base import Codec, empty_chunk
+from cachegen.codec.base import Codec
 from cachegen.codec.basis import (
+    MEASURED_WEIGHT,
     GroupBasis,
     ModelBasis,
     group_matrix,
@@ -27,23 +28,26 @@ from cachegen.codec.basis import (
     planes_of_group,
 )
 from cachegen.codec.container import SIDE, write_object
-from cachegen.codec.fused import decode_plain
+from cachegen.codec.fused import channels_of, decode_plain
+from cachegen.codec.fused_profile import decode_with_profile
 from cachegen.codec.header import Group, Header, SegmentBody, plane_groups
 from cachegen.codec.reader import ObjectReader
-from cachegen.codec.rotary import rotate
+from cachegen.codec.reference import profile_classes
 from cachegen.codec.side import GroupSide
 from cachegen.codec.target import Target
 from cachegen.errors import ConfigError, CorruptError, NonFiniteError, ProfileError
 from cachegen.profile import Profile, require_profile
-from cachegen.types import Array, ChunkKey, KVDtype
+from cachegen.types import Array, ChunkKey
 
 Floats = NDArray[np.float32]
 
-DEFAULT_PASSES = 4
 DEFAULT_SINK_TOKENS = 1
 MAX_SINK_TOKENS = 64
-DEFAULT_STEP = 0.3
-DEFAULT_PROFILE_STEP = 0.12
+# Number of passes and relative finest step: without a profile, with one, and with one that has
+# measured what errors cost.
+PLAIN_LADDER = (4, 0.3)
+PROFILE_LADDER = (4, 0.12)
+MEASURED_LADDER = (5, 0.22)
 MAX_PASSES = 6
 MAX_MAGNITUDE = 2.0**100
 _PARAMS = struct.Struct("<BBHffff")
@@ -53,9 +57,10 @@ _PARAMS = struct.Struct("<BBHffff")
 class ProgressiveCodec(Codec):
     """One object for every quality.
 
-    passes: 1 to 6; each later one makes the step three times finer.
-    step: the finest step, relative to the root mean square of the chunk's centred values; None
-        takes 0.3 without a profile and 0.12 with one, about 4 and 3 bits/value in full.
+    passes: 1 to 6; each later one makes the step three times finer. None takes 4, or 5 with a
+        profile that has measured what errors cost.
+    step: the finest step, relative to the root mean square of the chunk's centred values. None
+        takes one at which the whole object is as good as uncompressed.
     sink_tokens: so many first tokens of a context are stored exactly: attention sinks, whose errors
         reach every later token.
     profile: what ``cachegen calibrate`` made; chunks whose layers hold different tokens (sliding
@@ -64,13 +69,13 @@ class ProgressiveCodec(Codec):
 
     name: ClassVar[str] = "progressive"
     codec_id: ClassVar[int] = 3
-    passes: int = DEFAULT_PASSES
+    passes: int | None = None
     step: float | None = None
     sink_tokens: int = DEFAULT_SINK_TOKENS
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.passes <= MAX_PASSES:
+        if self.passes is not None and not 1 <= self.passes <= MAX_PASSES:
             raise ConfigError("passes", got=self.passes, expected=f"1 to {MAX_PASSES}")
         if not 0 <= self.sink_tokens <= MAX_SINK_TOKENS:
             raise ConfigError(
@@ -98,7 +103,7 @@ class ProgressiveCodec(Codec):
         if wanted is not None:
             require_profile(profile, wanted)
         return cls(
-            passes=config.get("passes", DEFAULT_PASSES),
+            passes=config.get("passes"),
             step=config.get("step"),
             sink_tokens=config.get("sink_tokens", DEFAULT_SINK_TOKENS),
             profile=profile,
@@ -117,9 +122,7 @@ class ProgressiveCodec(Codec):
                 )
         else:
             basis = plain_basis(chunk)
-        relative = self.step
-        if relative is None:
-            relative = DEFAULT_PROFILE_STEP if uses_profile else DEFAULT_STEP
+        count, relative = self._ladder(basis, uses_profile=uses_profile)
         sinks = np.arange(max(0, self.sink_tokens - chunk.first_position))
         groups = [_Prepared.of(chunk, *pair, basis, also=sinks) for pair in _pairs(basis)]
         values = sum(group.coefficients.size for group in groups)
@@ -127,21 +130,20 @@ class ProgressiveCodec(Codec):
         spread = float(np.sqrt(energy / max(values, 1)))
         step = float(np.float32(relative * spread)) if spread > 0 else 1.0
         segments: list[SegmentBody] = []
-        reach = ladder.reach(self.passes) * step
-        for index, (group, pair) in enumerate(zip(groups, _pairs(basis), strict=True)):
+        reach = ladder.reach(count) * step
+        weights = basis.error_weights()
+        for index, (prepared, pair) in enumerate(zip(groups, _pairs(basis), strict=True)):
+            group = prepared
             beyond = np.flatnonzero((np.abs(group.coefficients) > reach).any(axis=1))
             beyond += chunk.layers[pair[0].layer].begin
             if len(beyond):
                 also = np.union1d(sinks, beyond)
-                segments += _Prepared.of(chunk, *pair, basis, also=also).encode(
-                    index, step, self.passes
-                )
-            else:
-                segments += group.encode(index, step, self.passes)
+                group = _Prepared.of(chunk, *pair, basis, also=also)
+            segments += group.encode(index, step, count, weights[index])
         return write_object(
             chunk,
             codec_id=self.codec_id,
-            passes=self.passes,
+            passes=count,
             params=_PARAMS.pack(0, 0, 0, step, basis.value_weight, spread, 0.0),
             segments=passes.order(segments),
             groups=None if basis.groups == plane_groups(chunk.geometry.layers) else basis.groups,
@@ -150,47 +152,31 @@ class ProgressiveCodec(Codec):
             key=key,
         )
 
+    def _ladder(self, basis: ModelBasis, *, uses_profile: bool) -> tuple[int, float]:
+        """Return the number of passes and the relative finest step."""
+        passes_, step = PLAIN_LADDER
+        if uses_profile:
+            measured = basis.value_weight == MEASURED_WEIGHT
+            passes_, step = MEASURED_LADDER if measured else PROFILE_LADDER
+        return self.passes or passes_, step if self.step is None else self.step
+
     @classmethod
-    def decode_object(cls, reader: ObjectReader, *, profile: Profile | None) -> KVChunk:
+    def decode_into(cls, reader: ObjectReader, target: Target, *, profile: Profile | None) -> None:
         header = reader.header
         step, value_weight = unpack_params(header)
         basis = _basis_of(header, profile)
         if basis.groups != header.groups:
             raise CorruptError("groups", got="others than the basis", expected="those of the basis")
-        chunk = empty_chunk(header)
         if header.profile is None:
-            decode_plain(reader, Target(header, chunk), step=step, value_weight=value_weight)
-            return chunk
-        for index, (group, statistics) in enumerate(_pairs(basis)):
-            held = chunk.layers[group.layer]
-            tokens = held.tokens
-            channels = sum(
-                header.geometry.kv_heads * header.geometry.plane_dim(is_value=side)
-                for _, side in planes_of_group(group)
-            )
-            side = GroupSide.from_bytes(
-                reader.side(index, 0), tokens, channels, header.geometry.dtype, statistics is None
-            )
-            classes = side.classes
-            if statistics is not None:
-                classes = profile_classes(statistics, step, side.class_offset)
-            digits = passes.read(reader, index, (tokens, channels), classes)
-            values = ladder.descend(
-                digits, header.passes, classes % ladder.CLASSES, side.decay / 64
-            )
-            values *= np.float32(step)
-            _write_group(header, chunk, group, statistics, side, values, value_weight)
-        return chunk
+            decode_plain(reader, target, step=step, value_weight=value_weight)
+            return
+        decode_with_profile(reader, target, basis, step=step)
 
     @classmethod
     def coded_shape(cls, header: Header, group: int, pass_index: int) -> tuple[int, int, int]:
         entry = header.groups[group]
         begin, end = header.ranges[entry.layer]
-        channels = sum(
-            header.geometry.kv_heads * header.geometry.plane_dim(is_value=side)
-            for _, side in planes_of_group(entry)
-        )
-        return end - begin, channels, 0
+        return end - begin, channels_of(header, entry), 0
 
 
 def _pairs(basis: ModelBasis) -> list[tuple[Group, GroupBasis | None]]:
@@ -225,7 +211,8 @@ class _Prepared:
         # Tokens of the chunk become rows of what these layers hold.
         held = also - chunk.layers[group.layer].begin
         held = held[(held >= 0) & (held < len(rows))]
-        outliers = np.union1d(outlier_tokens(rows), held).astype(np.int64)
+        centred = rows if statistics is None else statistics.analyse(rows)
+        outliers = np.union1d(outlier_tokens(centred), held).astype(np.int64)
         exempt = np.concatenate(
             [
                 _flat(chunk.layers[layer].plane(is_value=side)[outliers])
@@ -235,15 +222,13 @@ class _Prepared:
         )
         side = GroupSide.empty(rows.shape[1], outliers, exempt)
         if statistics is None:
-            kept = np.delete(rows, outliers, axis=0)
-            side = side.with_mean(kept)
+            side = side.with_mean(np.delete(rows, outliers, axis=0))
             centred = rows - side.mean
-        else:
-            centred = (rows - statistics.mean) @ statistics.basis
         centred[outliers] = 0
         return cls(centred, side, statistics)
 
-    def encode(self, index: int, step: float, count: int) -> list[SegmentBody]:
+    def encode(self, index: int, step: float, count: int, weight: float) -> list[SegmentBody]:
+        """Code all passes. weight: what a squared error of this group counts in the table."""
         scaled = self.coefficients / np.float32(step)
         digits = ladder.climb(scaled, count)
         if self.statistics is None:
@@ -257,20 +242,12 @@ class _Prepared:
             side = self.side.with_offset(offset)
         scale_class = classes % ladder.CLASSES
         decay, errors = passes.fit_decay(scaled, digits, scale_class)
-        distortions = [error * step * step for error in errors]
+        distortions = [error * step * step * weight for error in errors]
         body = side.with_decay(decay).to_bytes(plain=self.statistics is None)
         return [
             SegmentBody(index, 0, SIDE, body, distortions[0]),
             *passes.write(index, digits, classes, distortions),
         ]
-
-
-def profile_classes(statistics: GroupBasis | None, step: float, offset: int) -> NDArray[np.uint8]:
-    """Return family * 64 + class of every component, from its deviation in the profile."""
-    assert statistics is not None
-    base = ladder.class_of(statistics.deviation / np.float64(np.float32(step))).astype(np.int64)
-    shifted = np.clip(base + offset, 0, ladder.CLASSES - 1)
-    return (statistics.families * ladder.CLASSES + shifted).astype(np.uint8)
 
 
 def _flat(plane: Array) -> Array:
@@ -313,48 +290,6 @@ def _basis_of(header: Header, profile: Profile | None) -> ModelBasis:
                 raise CorruptError("group", got="layers with different tokens", expected="the same")
         return ModelBasis(header.groups, (None,) * len(header.groups))
     return load_basis(require_profile(profile, header.profile), header.geometry)
-
-
-def _write_group(
-    header: Header,
-    chunk: KVChunk,
-    group: Group,
-    statistics: GroupBasis | None,
-    side: GroupSide,
-    values: Floats,
-    value_weight: float,
-) -> None:
-    """Undo transform, mean, weight and RoPE, and store the planes of a group."""
-    if statistics is None:
-        values += side.mean
-    else:
-        values = values @ statistics.basis.T + statistics.mean
-    offset = 0
-    for layer, is_value in planes_of_group(group):
-        held = chunk.layers[layer]
-        plane = held.plane(is_value=is_value)
-        width = plane.shape[1] * plane.shape[2]
-        part = values[:, offset : offset + width].reshape(plane.shape)
-        if is_value:
-            part = part / np.float32(value_weight)
-        elif header.rope is not None:
-            position = header.first_position + held.begin
-            part = rotate(part, header.rope, layer, position, back=False)
-        with np.errstate(over="ignore"):
-            plane[:] = _clamped(part, plane.dtype)
-        plane[side.exempt_tokens] = side.exempt_rows[:, offset : offset + width].reshape(
-            -1, *plane.shape[1:]
-        )
-        offset += width
-
-
-def _clamped(values: Floats, dtype: np.dtype[Any]) -> Array:
-    """Round to the dtype; float16 to its finite range, for a value near the end may overshoot."""
-    if KVDtype.of(dtype) is KVDtype.FLOAT16:
-        limit = np.float32(np.finfo(np.float16).max)
-        values = np.clip(values, -limit, limit)
-    result: Array = values.astype(dtype)
-    return result
 
 
 def spread_of(header: Header) -> float:

@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from cachegen.chunk import KVChunk
-from cachegen.codec.base import Codec, check_one_plane_per_group, empty_chunk, planes_of
+from cachegen.codec.base import Codec, check_one_plane_per_group, planes_of
 from cachegen.codec.container import BYTES, write_object
 from cachegen.codec.header import SegmentBody
 from cachegen.codec.reader import ObjectReader
+from cachegen.codec.target import Target
 from cachegen.errors import CorruptError
 from cachegen.profile import Profile
 from cachegen.types import ChunkKey
@@ -41,17 +42,18 @@ class RawCodec(Codec):
         )
 
     @classmethod
-    def decode_object(cls, reader: ObjectReader, *, profile: Profile | None) -> KVChunk:
+    def decode_into(cls, reader: ObjectReader, target: Target, *, profile: Profile | None) -> None:
         header = reader.header
         check_one_plane_per_group(header)
         if header.params or header.passes != 1:
             raise CorruptError(
                 "raw parameters", got=(header.params, header.passes), expected="none"
             )
-        chunk = empty_chunk(header)
-        for group, plane in enumerate(planes_of(chunk)):
-            segment, body = reader.segment(group, 0)
-            if segment.kind != BYTES or len(body) != plane.nbytes or len(reader.side(group, 0)):
-                raise CorruptError("raw segment", got=f"{len(body)} bytes", expected=plane.nbytes)
-            plane[:] = np.frombuffer(body, plane.dtype).reshape(plane.shape)
-        return chunk
+        for group in range(len(header.groups)):
+            with target.writing(group // 2, is_value=group % 2 == 1) as plane:
+                segment, body = reader.segment(group, 0)
+                if segment.kind != BYTES or len(body) != plane.nbytes or len(reader.side(group, 0)):
+                    raise CorruptError(
+                        "raw segment", got=f"{len(body)} bytes", expected=plane.nbytes
+                    )
+                plane[:] = np.frombuffer(body, plane.dtype).reshape(plane.shape)

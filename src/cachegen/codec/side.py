@@ -91,7 +91,7 @@ class GroupSide:
 
     @classmethod
     def from_bytes(
-        cls, data: memoryview, tokens: int, channels: int, dtype: KVDtype, plain: bool
+        cls, data: memoryview, tokens: int, channels: int, dtype: KVDtype, *, plain: bool
     ) -> GroupSide:
         """Parse what ``to_bytes`` wrote for (tokens, channels). Raises: CorruptError."""
         if len(data) < _HEAD.size:

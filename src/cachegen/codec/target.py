@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,9 @@ Pairs = Sequence[tuple[object, object]]
 class Target:
     """Destination of all planes of one object.
 
-    header: of the object. out: a chunk of the same shape, or for each layer K and V as arrays or CPU
-        tensors, any strides but the last, which must be 1: (T_l, H, D) each, or with slot_mapping
-        (blocks, block size, H, D). dtype: all the same, not necessarily the object's.
+    header: of the object. out: a chunk of the same shape, or for each layer K and V, arrays or CPU
+        tensors whose last axis is contiguous: (T_l, H, D) each, or with slot_mapping
+        (blocks, block size, H, D). Their dtype is one, but not necessarily the object's.
     slot_mapping: (T,) integers, ``block * block_size + place``; -1 leaves a token out.
     Raises: GeometryError, DtypeError, ConfigError.
     """
@@ -34,7 +35,7 @@ class Target:
         if isinstance(out, KVChunk):
             pairs: list[tuple[Array, Array]] = [(layer.keys, layer.values) for layer in out.layers]
         else:
-            pairs = [(as_numpy(keys), as_numpy(values)) for keys, values in out]
+            pairs = [(_on_cpu(keys), _on_cpu(values)) for keys, values in out]
         self._slots = None if slot_mapping is None else _slots(slot_mapping, header.tokens)
         if len(pairs) != header.geometry.layers:
             raise GeometryError("layers of out", got=len(pairs), expected=header.geometry.layers)
@@ -77,29 +78,73 @@ class Target:
         if key not in self._offsets:
             slots = None if self._slots is None else self._slots[begin:end]
             self._offsets[key] = token_offsets(end - begin, array, slots)
+        heads, dim = array.shape[-2:]
+        address = array.__array_interface__["data"][0]
+        offsets = self._offsets[key]
         return PlaneTarget(
-            array,
-            array.ctypes.data,
-            self._offsets[key],
-            array.strides[-2],
-            array.shape[-2],
-            array.shape[-1],
-            is_value,
-            rope,
-            first_position,
+            address, offsets, array.strides[-2], heads, dim, rope, first_position, is_value
         )
 
-    def store(self, layer: int, values: Array, *, is_value: bool) -> None:
-        """Store a whole plane (T_l, H, D) of the target's dtype."""
+    def store_tokens(
+        self, layer: int, tokens: NDArray[np.int64], rows: Array, *, is_value: bool
+    ) -> None:
+        """Store some tokens of a plane: (E,) indices, (E, H * D) values of any KV dtype."""
         array = self._pairs[layer][is_value]
+        heads = rows.reshape(len(tokens), *array.shape[-2:])
+        if self._slots is None:
+            array[tokens] = convert(heads, self.dtype)
+            return
+        slots = self._slots[self._header.ranges[layer][0] + tokens]
+        kept = slots >= 0
+        block, place = np.divmod(slots[kept], array.shape[1])
+        array[block, place] = convert(heads[kept], self.dtype)
+
+    @contextmanager
+    def writing(self, layer: int, *, is_value: bool) -> Iterator[Array]:
+        """Give a plane (T_l, H, D) of the object's dtype to fill; it is stored afterwards.
+
+        It is the destination itself where that has this form, else memory of one plane.
+        """
+        array = self._pairs[layer][is_value]
+        geometry = self._header.geometry
+        if self._slots is None and self.dtype is geometry.dtype:
+            yield array
+            return
+        begin, end = self._header.ranges[layer]
+        shape = (end - begin, geometry.kv_heads, geometry.plane_dim(is_value=is_value))
+        plane = np.empty(shape, geometry.dtype.numpy)
+        yield plane
+        values = convert(plane, self.dtype)
         if self._slots is None:
             array[...] = values
             return
-        begin, end = self._header.ranges[layer]
         slots = self._slots[begin:end]
         kept = slots >= 0
+        token_offsets(end - begin, array, slots)  # checks them
         block, place = np.divmod(slots[kept], array.shape[1])
         array[block, place] = values[kept]
+
+
+def convert(rows: Array, dtype: KVDtype) -> Array:
+    """Round to a dtype, to its finite range where float16 ends earlier than the source."""
+    if rows.dtype == dtype.numpy:
+        return rows
+    if dtype is KVDtype.FLOAT16:
+        wide = rows.astype(np.float32)
+        limit = np.float32(np.finfo(np.float16).max)
+        rows = np.where(np.isfinite(wide), np.clip(wide, -limit, limit), wide)
+    with np.errstate(over="ignore"):
+        result: Array = rows.astype(dtype.numpy)
+    return result
+
+
+def _on_cpu(array: object) -> Array:
+    device = str(getattr(array, "device", "cpu"))
+    if device != "cpu":
+        raise GeometryError(
+            "out", got=f"memory on {device}", expected="memory of the CPU", remedy="decode and copy"
+        )
+    return as_numpy(array)
 
 
 def _slots(mapping: object, tokens: int) -> NDArray[np.int64]:

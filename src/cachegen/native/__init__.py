@@ -18,7 +18,13 @@ from cachegen.native._checks import (
     stream_count,
 )
 from cachegen.native._tables import Tables
-from cachegen.native.fused import GroupSource, PlaneTarget, decode_groups
+from cachegen.native.fused import (
+    Coefficients,
+    GroupSource,
+    PlaneTarget,
+    decode_groups,
+    finish_plane,
+)
 
 _BITS = {2: np.uint16, 4: np.uint32}
 
@@ -154,6 +160,7 @@ def select_isa(name: str) -> None:
 
 
 __all__ = [
+    "Coefficients",
     "GroupSource",
     "PlaneTarget",
     "StreamLayout",
@@ -163,6 +170,7 @@ __all__ = [
     "decode_segment",
     "dequantize",
     "encode_segment",
+    "finish_plane",
     "isa",
     "quantize",
     "segment_layout",

@@ -1,5 +1,6 @@
 """The extension built from csrc/bindings.cpp. Only cachegen.native imports it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -44,11 +45,22 @@ def dequantize(
 ) -> None: ...
 def decode_groups(
     type: str,
+    stored: str,
     passes: int,
     coarse: Tables,
     refine: Tables,
     ropes: list[tuple[NDArray[Any], float, bool]],
-    groups: list[tuple[Any, ...]],
+    groups: Sequence[tuple[Any, ...]],
+) -> None: ...
+def finish_plane(
+    type: str,
+    target: tuple[Any, ...],
+    values: NDArray[Any],
+    mean: NDArray[Any],
+    factor: float,
+    angles: NDArray[Any] | None,
+    interleaved: bool,
+    exempt: NDArray[Any],
 ) -> None: ...
 def isa() -> str: ...
 def select_isa(isa: str) -> None: ...

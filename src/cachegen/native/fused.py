@@ -7,15 +7,14 @@ a plane is allocated (docs/fused-decode.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cachegen.errors import ConfigError, GeometryError
-from cachegen.native import _checks, _core
-from cachegen.native._checks import Array, Body
+from cachegen.native import _core
+from cachegen.native._checks import Array, Symbols
 from cachegen.native._tables import Tables
 from cachegen.types import KVDtype, RopeSpec
 
@@ -25,48 +24,63 @@ SKIPPED = np.iinfo(np.int64).min
 RANS, BYTES, PACKED = 0, 1, 2
 
 
-@dataclass(frozen=True, eq=False)
-class PlaneTarget:
+class PlaneTarget(NamedTuple):
     """Where one plane is decoded to.
 
-    array: holds the memory; address: of token offset 0, head 0, in it. offsets: (T,) int64, bytes
-    from address to each token, ``SKIPPED`` for one that is not stored. head_stride: bytes.
+    address: of head 0 in memory that the caller keeps alive. offsets: (T,) int64, bytes from there
+    to each token, ``SKIPPED`` for one that is not stored. head_stride: bytes.
     rope: kind of the layer in the RopeSpec, or -1. first_position: of token 0.
     """
 
-    array: Array
     address: int
     offsets: NDArray[np.int64]
     head_stride: int
     heads: int
     dim: int
+    rope: int
+    first_position: int
     is_value: bool
-    rope: int = -1
-    first_position: int = 0
 
 
-@dataclass(frozen=True, eq=False)
-class GroupSource:
-    """The bytes of one group and all that the decoder needs beside them.
+class Constants(NamedTuple):
+    """What turns values of ``progressive`` into floats; see csrc/ladder.h.
 
-    passes: (kind, body) of the passes at hand, pass 0 first. classes: (N,) uint8.
     late_below: 3**k for k + 1 passes. scaling: (5,) float32, the scales of early and late values of
     K, the same of V, and what offsets and means of V are times. early_offset, late_offset: (64,)
-    float32 by class, in units of K. mean: (N,) float32, or empty. exempt_tokens: (E,) uint32,
-    exempt_rows: (E, N) in the dtype of the targets. planes: in channel order.
+    float32 by class, in units of K.
     """
 
-    tokens: int
-    channels: int
-    passes: Sequence[tuple[int, Body]]
-    classes: NDArray[np.uint8]
     late_below: int
     scaling: NDArray[np.float32]
     early_offset: NDArray[np.float32]
     late_offset: NDArray[np.float32]
-    mean: NDArray[np.float32]
-    exempt_tokens: NDArray[np.uint32]
-    exempt_rows: Array
+
+
+class Coefficients(NamedTuple):
+    """Where the components of a group go, for a transform to follow.
+
+    classes: (N,) uint8, family * 64 + class. values: (N, P * 32) float32 for P places, written
+    whole: token ``lane * P + place`` is column ``place * 32 + lane``. used: (N,) uint8, zeros; set
+    to 1 where a component is not 0 everywhere.
+    """
+
+    classes: Symbols
+    values: NDArray[np.float32]
+    used: Symbols
+
+
+class GroupSource(NamedTuple):
+    """The bytes of one group and all that the decoder needs beside them.
+
+    passes: (kind, body) of the passes at hand, pass 0 first. side: its side information, or with a
+    profile where components go. planes: in channel order; none with a profile.
+    """
+
+    tokens: int
+    channels: int
+    passes: Sequence[tuple[int, Symbols]]
+    side: Symbols | Coefficients
+    constants: Constants
     planes: Sequence[PlaneTarget]
 
 
@@ -74,6 +88,7 @@ def decode_groups(
     groups: Sequence[GroupSource],
     *,
     dtype: KVDtype,
+    stored: KVDtype,
     passes: int,
     coarse: Tables,
     refine: Tables,
@@ -81,43 +96,37 @@ def decode_groups(
 ) -> None:
     """Decode groups of one object into their targets.
 
-    dtype: of the targets. passes: of the whole object, 1 to 6. coarse, refine: the frozen tables of
-    the ladder.
+    dtype: of the targets. stored: of the object. passes: of the whole object, 1 to 6.
+    coarse, refine: the frozen tables of the ladder.
     Raises: TruncatedError, CorruptError, GeometryError; after an error the targets hold anything.
     """
     kinds = []
     if rope is not None:
         for frequencies, scale in zip(rope.frequencies, rope.attention_scale, strict=True):
             kinds.append((np.asarray(frequencies, np.float32), float(scale), rope.interleaved))
-    _core.decode_groups(dtype.label, passes, coarse._core, refine._core, kinds, [_fields(group) for group in groups])
+    _core.decode_groups(
+        dtype.label, stored.label, passes, coarse._core, refine._core, kinds, groups
+    )
 
 
-def _fields(group: GroupSource) -> tuple[Any, ...]:
-    return (
-        group.tokens,
-        group.channels,
-        [(kind, _checks.as_bytes(body)) for kind, body in group.passes],
-        group.classes,
-        group.scaling,
-        group.late_below,
-        group.early_offset,
-        group.late_offset,
-        group.mean,
-        group.exempt_tokens,
-        np.ascontiguousarray(group.exempt_rows).reshape(-1).view(np.uint8),
-        [
-            (
-                plane.address,
-                plane.offsets,
-                plane.head_stride,
-                plane.heads,
-                plane.dim,
-                plane.rope,
-                plane.first_position,
-                plane.is_value,
-            )
-            for plane in group.planes
-        ],
+def finish_plane(
+    target: PlaneTarget,
+    values: NDArray[np.float32],
+    *,
+    dtype: KVDtype,
+    mean: NDArray[np.float32],
+    factor: float,
+    angles: NDArray[np.float32] | None,
+    interleaved: bool,
+    exempt: Symbols,
+) -> None:
+    """Store a plane of floats: (values + mean) * factor, RoPE, rounding.
+
+    values: (P * 32, H * D), rows ordered as columns of ``Coefficients``. mean: (H * D,).
+    angles: (2, T, D_rot / 2), cos and sin, or None. exempt: (T,), tokens that are left as they are.
+    """
+    _core.finish_plane(
+        dtype.label, target, values, mean, float(factor), angles, interleaved, exempt
     )
 
 

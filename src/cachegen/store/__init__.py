@@ -7,6 +7,7 @@ from cachegen.store.base import (
     CreatingStore,
     Entry,
     ListingStore,
+    PartsStore,
     RangesStore,
     Store,
     StreamingStore,
@@ -14,13 +15,18 @@ from cachegen.store.base import (
     deadline,
     remaining_s,
 )
+from cachegen.store.breaker import BreakerPolicy, BreakerStore
 from cachegen.store.keys import chain_digests, chunk_keys, namespace_digest
 from cachegen.store.limit import RateLimitedStore, parse_bandwidth
 from cachegen.store.local import LocalStore
 from cachegen.store.memory import MemoryStore
 from cachegen.store.open import open_store, parse_size
+from cachegen.store.retry import RetryPolicy
+from cachegen.store.tiered import TieredStore
 
 __all__ = [
+    "BreakerPolicy",
+    "BreakerStore",
     "BytesLike",
     "CatalogStore",
     "CountingStore",
@@ -29,10 +35,13 @@ __all__ = [
     "ListingStore",
     "LocalStore",
     "MemoryStore",
+    "PartsStore",
     "RangesStore",
     "RateLimitedStore",
+    "RetryPolicy",
     "Store",
     "StreamingStore",
+    "TieredStore",
     "carry_deadline",
     "chain_digests",
     "chunk_keys",

@@ -1,12 +1,11 @@
-"""A store behind a slow link, simulated by really waiting; and bandwidths in words."""
+"""A store behind a slow link, simulated by really waiting."""
 
 from __future__ import annotations
 
 import math
-import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from cachegen.errors import ConfigError
 from cachegen.store.base import (
@@ -18,25 +17,14 @@ from cachegen.store.base import (
     lacks,
     view_bytes,
 )
+from cachegen.units import parse_bandwidth
+
+__all__ = ["RateLimitedStore", "parse_bandwidth"]
 
 # Slices of this many seconds: far above what a sleep overshoots by, short enough to share fairly.
 _SLICE_S = 0.01
 # How far a stream may run ahead of a consumer that is busy: what a socket's buffer would hold.
 _WINDOW_S = 0.05
-
-_BANDWIDTH_UNITS = {
-    "bps": 1 / 8,
-    "kbps": 1e3 / 8,
-    "Mbps": 1e6 / 8,
-    "Gbps": 1e9 / 8,
-    "B/s": 1.0,
-    "KB/s": 1e3,
-    "MB/s": 1e6,
-    "GB/s": 1e9,
-    "KiB/s": 2.0**10,
-    "MiB/s": 2.0**20,
-    "GiB/s": 2.0**30,
-}
 
 
 class RateLimitedStore:
@@ -191,28 +179,3 @@ def _sleep_until(due: float) -> None:
     wait_s = due - time.monotonic()
     if wait_s > 0:
         time.sleep(wait_s)
-
-
-def parse_bandwidth(text: str) -> float:
-    """Read a bandwidth such as ``"100Mbps"`` or ``"12.5 MB/s"``.
-
-    Returns: bytes per second. bps, kbps, Mbps and Gbps count bits in powers of 1000; B/s,
-        KB/s, MB/s and GB/s bytes in powers of 1000; KiB/s, MiB/s and GiB/s in powers of 1024.
-    Raises: ConfigError for anything else; units are case-sensitive, since b is not B.
-    """
-    return parse_quantity(text, _BANDWIDTH_UNITS, what="bandwidth")
-
-
-def parse_quantity(text: str, units: Mapping[str, float], *, what: str) -> float:
-    """Read a positive decimal number and a unit.
-
-    Returns: the number times the value of the unit. Raises: ConfigError, naming the units.
-    """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z/]*)\s*", text)
-    scale = units.get(match[2]) if match else None
-    if match is None or scale is None or not math.isfinite(value := float(match[1]) * scale):
-        known = ", ".join(unit for unit in units if unit)
-        raise ConfigError(what, got=repr(text), expected=f"a number and one of {known}")
-    if value <= 0:
-        raise ConfigError(what, got=repr(text), expected="more than 0")
-    return value

@@ -120,14 +120,7 @@ class RedisStore:
                         expected=size_bytes,
                         reason="short",
                     )
-            self._transaction(
-                lambda pipe: (
-                    pipe.persist(part_key)
-                    if self._ttl_ms is None
-                    else pipe.pexpire(part_key, self._ttl_ms)
-                ).rename(part_key, key),
-                retry=False,
-            )
+            self._transaction(lambda pipe: self._finish_part(pipe, part_key, key), retry=False)
         except BaseException:
             with suppress(StoreError):
                 self._once(lambda client: client.delete(part_key))
@@ -267,6 +260,14 @@ class RedisStore:
         with self._named():
             return call(self._client())
 
+    def _finish_part(self, pipe: Any, part_key: str, key: str) -> None:
+        if self._ttl_ms is None:
+            pipe.persist(part_key)
+        else:
+            pipe.pexpire(part_key, self._ttl_ms)
+        # Not pipe.rename, which redis-py refuses for a cluster even where both keys are together.
+        pipe.execute_command("RENAME", part_key, key)
+
     def _append(self, key: str, view: memoryview) -> int:
         # Not tried again: the server may have it already.
         return int(self._once(lambda client: client.append(key, view)))
@@ -369,12 +370,7 @@ class RedisStore:
         if not self.target.cluster:
             return redis.Redis(connection_pool=redis.ConnectionPool(**options))
         host, port = options.pop("host"), options.pop("port")
-        try:
-            return RedisCluster.from_url(f"redis://{host}:{port}", **options)
-        except redis.exceptions.RedisClusterException as error:
-            raise StoreUnavailableError(
-                f"cluster at {self.target.where}", got=str(error), reason="cluster"
-            ) from error
+        return RedisCluster.from_url(f"redis://{host}:{port}", **options)
 
     def _named(self) -> Any:
         return named_errors(self.target.where, self.timeout_s)

@@ -18,6 +18,7 @@ from redis.exceptions import (
     NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
+    RedisClusterException,
     RedisError,
     ResponseError,
 )
@@ -35,6 +36,7 @@ from cachegen.store.sockets import TimedSocket, connect
 
 # Reasons after which the server has certainly not done what was asked.
 NOT_SENT = frozenset({"refused", "unresolved", "unreachable", "loading"})
+_DENIED = (AuthenticationError, AuthorizationError, NoPermissionError)
 _LINE_CAP_BYTES = 1024
 
 
@@ -133,7 +135,7 @@ def named_errors(where: str, timeout_s: float) -> Iterator[None]:
             raise
         except (redis.TimeoutError, TimeoutError) as error:
             raise late(f"answer of {where}") from error
-        except (RedisError, OSError) as error:
+        except (RedisError, RedisClusterException, OSError) as error:
             raise _named(error, where) from error
         except (ValueError, IndexError, TypeError, AttributeError) as error:
             # What redis-py's parser makes of bytes that are not the protocol.
@@ -144,23 +146,26 @@ def named_errors(where: str, timeout_s: float) -> Iterator[None]:
 
 def _named(error: Exception, where: str) -> StoreError:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if isinstance(error, (AuthenticationError, AuthorizationError, NoPermissionError)):
+    code = text.partition(" ")[0]  # where redis-py has no class for it, or we read the reply
+    if isinstance(error, _DENIED) or code in ("NOAUTH", "NOPERM", "WRONGPASS"):
         return StoreError(
             f"login at {where}",
             got=text,
             remedy="check user and password in the URL and the rights of the user",
             reason="denied",
         )
-    if isinstance(error, ReadOnlyError) or text.startswith("MISCONF"):
+    if isinstance(error, ReadOnlyError) or code in ("READONLY", "MISCONF"):
         return StoreReadOnlyError(f"writing to {where}", got=text)
-    if isinstance(error, OutOfMemoryError):
+    if isinstance(error, OutOfMemoryError) or code == "OOM":
         return StoreFullError(
             f"memory of {where}",
             got=text,
             remedy="raise maxmemory or set maxmemory-policy allkeys-lru",
         )
-    if isinstance(error, BusyLoadingError):
+    if isinstance(error, BusyLoadingError) or code == "LOADING":
         return StoreUnavailableError(f"state of {where}", got=text, reason="loading")
+    if isinstance(error, RedisClusterException):
+        return StoreUnavailableError(f"cluster at {where}", got=text, reason="cluster")
     if isinstance(error, ResponseError):
         return StoreError(f"command at {where}", got=text, reason="rejected")
     cause: BaseException | None = error

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from cachegen.errors import ConfigError, StoreUnavailableError
+from cachegen.errors import ConfigError, StoreTimeoutError, StoreUnavailableError
 from cachegen.store.clock import remaining_s
 
 _Result = TypeVar("_Result")
@@ -65,20 +65,28 @@ class Retrier:
             self._budget = min(
                 self._budget + self.policy.budget_ratio, float(self.policy.budget_calls)
             )
-        for attempt in range(self.policy.attempts - 1):
+        failure: StoreUnavailableError | None = None
+        for attempt in range(self.policy.attempts):
             try:
                 return call()
+            except StoreTimeoutError:
+                if failure is None:
+                    raise
+                break  # a retry that is cut short says less than the try before it
             except StoreUnavailableError as error:
-                pause_s = self._random.uniform(
-                    0, min(self.policy.cap_s, self.policy.base_s * 2**attempt)
-                )
-                left_s = remaining_s()
-                if (left_s is not None and pause_s >= left_s) or not is_safe(error):
-                    raise
-                if not self._spend(error.reason):
-                    raise
+                failure = error
+            if attempt + 1 == self.policy.attempts:
+                break
+            pause_s = self._random.uniform(
+                0, min(self.policy.cap_s, self.policy.base_s * 2**attempt)
+            )
+            left_s = remaining_s()
+            is_late = left_s is not None and pause_s >= left_s
+            if is_late or not is_safe(failure) or not self._spend(failure.reason):
+                break
             time.sleep(pause_s)
-        return call()
+        assert failure is not None
+        raise failure
 
     def stats(self) -> dict[str, int]:
         """Return the retries so far, in all and by reason."""

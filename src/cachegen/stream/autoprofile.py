@@ -11,7 +11,7 @@ import threading
 from typing import Protocol
 
 from cachegen.chunk import KVChunk
-from cachegen.codec.basis import BasisFit
+from cachegen.codec.fit import BasisFit
 from cachegen.errors import ProfileError
 from cachegen.profile import Profile
 

@@ -72,7 +72,7 @@ class LinkPrior:
     deviation: float = 1.1
     latency_s: float = 0.005
     weight: float = 0.2
-    half_life_s: float = 5.0
+    half_life_s: float = 2.0
 
     def __post_init__(self) -> None:
         for name in ("rate_bytes_per_s", "deviation", "weight", "half_life_s"):

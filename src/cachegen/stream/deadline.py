@@ -4,7 +4,8 @@ A ``progressive`` object can be handed over at any step, so the only way to be l
 has nothing usable. First steps therefore come before everything else, from the back, while the
 machine recomputes from the front; the two meet. What is left of the link then goes wherever a byte
 removes most expected distortion, over all chunks. Because the curves are convex that order is the
-best one for every amount of bytes that may still come: no bet on the bandwidth is made.
+best one for every amount of bytes that may still come: no bet on the bandwidth is made. Only where
+levels are separate objects a level has to be chosen, by the probability of being late with it.
 
 Source: greedy on convex curves is reverse water-filling; Cake (arXiv 2410.03065) for the two ends.
 """
@@ -15,7 +16,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cachegen.errors import ConfigError
-from cachegen.stream.plan import Action, Fetch, HandOver, PlanState, Recompute
+from cachegen.stream.plan import (
+    Action,
+    ChunkState,
+    Fetch,
+    HandOver,
+    PlanState,
+    Recompute,
+)
 from cachegen.stream.rules import start_recompute, wait
 
 # A refinement is asked for unless it is this likely to come too late.
@@ -54,7 +62,7 @@ class DeadlinePolicy:
         ready = state.is_ready
         if ready and state.left_s <= 0:
             return HandOver()
-        asked = _asked(state)
+        asked = _Asked.of(state)
         odds = self._odds(state, asked)
         hopeless = not ready and self._is_hopeless(state, asked, odds)
         if state.recomputing is None:
@@ -67,11 +75,11 @@ class DeadlinePolicy:
                 fetch = self._refinement(state, asked, odds)
             if fetch is not None:
                 return fetch
-        if ready and not state.fetches and state.recomputing is None:
+        if ready and not state.is_arriving and state.recomputing is None:
             return HandOver()
         return wait(state)
 
-    def _odds(self, state: PlanState, asked: list[int]) -> list[float]:
+    def _odds(self, state: PlanState, asked: _Asked) -> list[float]:
         """Return for every chunk the probability that it is recomputed by the deadline."""
         odds = [1.0 if chunk.recomputed else 0.0 for chunk in state.chunks]
         prefill = state.speeds.prefill
@@ -90,47 +98,48 @@ class DeadlinePolicy:
         for index in range(end):
             if state.chunks[index].recomputed or index == running:
                 continue
-            needs_s += state.recompute_s(index)
+            curve = state.chunks[index].curve
+            needs_s += prefill.seconds(curve.begin_token, curve.tokens)
             if needs_s > limit_s:
                 break
             odds[index] = 1.0 - prefill.probability_late(needs_s, state.left_s)
         return odds
 
-    def _front_end(self, state: PlanState, asked: list[int]) -> int:
+    def _front_end(self, state: PlanState, asked: _Asked) -> int:
         """Return how many chunks in front must be recomputed so that the rest arrives in time."""
         size = sum(
-            chunk.curve.steps[0].end_bytes - asked[index]
+            chunk.curve.steps[0].end_bytes - asked.ends[index]
             for index, chunk in enumerate(state.chunks)
-            if _is_open(state, asked, index) and chunk.curve.steps
+            if asked.is_open[index] and chunk.curve.steps
         )
         size += state.bytes_under_way
         for index, chunk in enumerate(state.chunks):
             if state.link.probability_late(size, state.left_s) <= self.late_target:
                 return index
-            if _is_open(state, asked, index) and chunk.curve.steps:
-                size -= chunk.curve.steps[0].end_bytes - asked[index]
+            if asked.is_open[index] and chunk.curve.steps:
+                size -= chunk.curve.steps[0].end_bytes - asked.ends[index]
         return len(state.chunks)
 
-    def _is_hopeless(self, state: PlanState, asked: list[int], odds: list[float]) -> bool:
+    def _is_hopeless(self, state: PlanState, asked: _Asked, odds: list[float]) -> bool:
         """Return whether the deadline is more likely missed than not: then all speed counts."""
         if state.left_s <= 0:
             return True
         size = state.bytes_under_way
         for index, chunk in enumerate(state.chunks):
-            if _is_open(state, asked, index) and odds[index] < 0.5:
+            if asked.is_open[index] and odds[index] < 0.5:
                 if not chunk.curve.steps:
                     return True
-                size += chunk.curve.steps[0].end_bytes - asked[index]
+                size += chunk.curve.steps[0].end_bytes - asked.ends[index]
         return state.link.probability_late(size, state.left_s) > 0.5
 
     def _recompute(
-        self, state: PlanState, asked: list[int], odds: list[float], *, hopeless: bool
+        self, state: PlanState, asked: _Asked, odds: list[float], *, hopeless: bool
     ) -> Recompute | None:
         """Return the next prefill: a chunk with nothing yet, else the first lossy one."""
         for index, chunk in enumerate(state.chunks):
             if not chunk.is_present:
-                must = hopeless or not chunk.curve.steps
-                if _is_open(state, asked, index) and (must or odds[index] >= 0.5):
+                must = (hopeless and self.recompute != "never") or not chunk.curve.steps
+                if asked.is_open[index] and (must or odds[index] >= 0.5):
                     return start_recompute(state, index)
                 break
         if self.recompute != "always":
@@ -141,31 +150,57 @@ class DeadlinePolicy:
         return None
 
     def _first_step(
-        self, state: PlanState, asked: list[int], odds: list[float], *, hopeless: bool
+        self, state: PlanState, asked: _Asked, odds: list[float], *, hopeless: bool
     ) -> Fetch | None:
-        """Return the first step of the last chunk that is not safely left to recomputing."""
-        for index in range(len(state.chunks) - 1, -1, -1):
+        """Return the first step of the last chunk that is not safely left to recomputing.
+
+        Where nothing is recomputed a chunk is of use only with all before it: then the first one.
+        """
+        places = range(len(state.chunks))
+        for index in places if state.speeds.prefill is None else reversed(places):
             steps = state.chunks[index].curve.steps
-            if not steps or index == state.recomputing or not _is_open(state, asked, index):
+            if not steps or index == state.recomputing or not asked.is_open[index]:
                 continue
             if hopeless or odds[index] < 1.0 - self.late_target:
-                return _fetch(state, index, asked[index], 0)
+                separate = state.chunks[index].curve.separate
+                level = self._level(state, asked, odds) if separate and not hopeless else 0
+                return _fetch(state, index, asked.ends[index], level)
         return None
 
-    def _refinement(self, state: PlanState, asked: list[int], odds: list[float]) -> Fetch | None:
+    def _level(self, state: PlanState, asked: _Asked, odds: list[float]) -> int:
+        """Return the finest level at which all that is still open is in time, or the coarsest.
+
+        Where levels are separate objects nothing can be refined later, so the risk is taken here.
+        """
+        open_chunks = [
+            chunk.curve.steps
+            for index, chunk in enumerate(state.chunks)
+            if odds[index] < 1.0 - self.late_target
+            and index != state.recomputing
+            and chunk.curve.steps
+            and asked.is_open[index]
+        ]
+        for level in range(max(map(len, open_chunks)) - 1, 0, -1):
+            size = state.bytes_under_way
+            size += sum(steps[min(level, len(steps) - 1)].end_bytes for steps in open_chunks)
+            if state.link.probability_late(size, state.left_s) <= self.late_target:
+                return level
+        return 0
+
+    def _refinement(self, state: PlanState, asked: _Asked, odds: list[float]) -> Fetch | None:
         """Return the step that removes most expected distortion per byte, anywhere."""
         best, best_index, best_step, left = 0.0, -1, 0, 0.0
         for index, chunk in enumerate(state.chunks):
-            if chunk.recomputed or not chunk.curve.steps:
+            if chunk.recomputed or not chunk.curve.steps or chunk.curve.separate:
                 continue
-            curve, at = chunk.curve, asked[index]
-            step = _steps_within(state, index, at)
+            curve, at = chunk.curve, asked.ends[index]
+            step = asked.steps[index]
             now = curve.steps[step - 1].distortion if step else 1.0
             doubt = 1.0 - odds[index]
             left += now * curve.tokens * doubt
             if step == 0 or step >= len(curve.steps) or doubt <= self.late_target:
                 continue
-            size = curve.steps[step].end_bytes - (0 if curve.separate else at)
+            size = curve.steps[step].end_bytes - at
             gain = (now - curve.steps[step].distortion) * curve.tokens * doubt / size
             # Equal gains go to the later chunk: the front may yet be recomputed.
             if gain >= best and gain > 0:
@@ -173,44 +208,57 @@ class DeadlinePolicy:
         total = sum(chunk.curve.tokens for chunk in state.chunks)
         if best_index < 0 or left <= self.enough_distortion * total:
             return None
-        fetch = _fetch(state, best_index, asked[best_index], best_step)
+        fetch = _fetch(state, best_index, asked.ends[best_index], best_step)
         size = state.bytes_under_way + fetch.end - fetch.begin
         if state.link.probability_late(size, state.left_s) > TOO_LATE:
             return None
         return fetch
 
 
-def _asked(state: PlanState) -> list[int]:
-    """Return for every chunk how far it is fetched once all that is under way has arrived."""
-    asked = [chunk.fetched_bytes for chunk in state.chunks]
-    for fetch in state.fetches:
-        asked[fetch.chunk] = max(asked[fetch.chunk], fetch.end)
-    return asked
+@dataclass(frozen=True)
+class _Asked:
+    """What is there of every chunk once all that is under way has arrived.
+
+    ends: bytes of its object. steps: how many steps they reach. is_open: nothing usable at all.
+    """
+
+    ends: list[int]
+    steps: list[int]
+    is_open: list[bool]
+
+    @classmethod
+    def of(cls, state: PlanState) -> _Asked:
+        ends = [chunk.fetched_bytes for chunk in state.chunks]
+        for fetch in state.fetches:
+            ends[fetch.chunk] = max(ends[fetch.chunk], fetch.end)
+        steps = [
+            _steps_within(chunk, end) if end else 0
+            for chunk, end in zip(state.chunks, ends, strict=True)
+        ]
+        is_open = [
+            not (count or chunk.recomputed)
+            for chunk, count in zip(state.chunks, steps, strict=True)
+        ]
+        return cls(ends, steps, is_open)
 
 
-def _is_open(state: PlanState, asked: list[int], index: int) -> bool:
-    """Return whether a chunk has nothing usable, not even under way."""
-    chunk = state.chunks[index]
-    if chunk.recomputed:
-        return False
-    return _steps_within(state, index, asked[index]) == 0
-
-
-def _steps_within(state: PlanState, index: int, size_bytes: int) -> int:
+def _steps_within(chunk: ChunkState, size_bytes: int) -> int:
     """Return how many steps so many bytes reach."""
-    chunk = state.chunks[index]
     steps = chunk.curve.steps
     if chunk.curve.separate:
         level = chunk.level
         whole = level is not None and size_bytes >= steps[level].end_bytes
         return level + 1 if whole and level is not None else 0
     count = 0
-    while count < len(steps) and steps[count].end_bytes <= size_bytes:
+    for step in steps:
+        if step.end_bytes > size_bytes:
+            break
         count += 1
     return count
 
 
 def _fetch(state: PlanState, index: int, at: int, step: int) -> Fetch:
     curve = state.chunks[index].curve
+    step = min(step, len(curve.steps) - 1)
     end = curve.steps[step].end_bytes
     return Fetch(index, 0, end, step) if curve.separate else Fetch(index, at, end)

@@ -32,7 +32,7 @@ class HybridPolicy:
     def next(self, state: PlanState) -> Action:
         """Return the next chunk from the front to recompute, or from the back to load."""
         ready = state.is_ready
-        if ready and (not state.fetches or state.left_s <= 0):
+        if ready and (not state.is_arriving or state.left_s <= 0):
             return HandOver()
         front = self._front(state)
         if front is not None and state.recomputing is None:

@@ -235,6 +235,14 @@ class PlanState:
         return all(chunk.is_present for chunk in self.chunks)
 
     @property
+    def is_arriving(self) -> bool:
+        """True while bytes are under way, or here and not decoded yet."""
+        return bool(self.fetches) or any(
+            chunk.decoded_bytes < chunk.fetched_bytes and not chunk.recomputed
+            for chunk in self.chunks
+        )
+
+    @property
     def distortion(self) -> float:
         """Mean relative distortion over the tokens, if handed over now."""
         total = sum(chunk.curve.tokens for chunk in self.chunks)

@@ -33,7 +33,7 @@ class FixedPolicy:
 
     def next(self, state: PlanState) -> Action:
         """Return the next chunk in order."""
-        if state.is_ready and not state.fetches:
+        if state.is_ready and not state.is_arriving:
             return HandOver()
         for index, chunk in enumerate(state.chunks):
             if not chunk.curve.steps:
@@ -56,7 +56,7 @@ class CachegenPolicy:
     left; else the finest level at which all that is left fits; if none fits, whichever is over
     first. Before anything was measured it takes the middle level. A level is a separate object,
     once asked for it is not changed.
-    margin: share of the time left that is planned for; the paper uses all of it.
+    margin: share of the time left that levels are planned for; the paper uses all of it.
     Source: CacheGen (SIGCOMM'24), section 5.3 and Algorithm 1.
     """
 
@@ -69,7 +69,7 @@ class CachegenPolicy:
 
     def next(self, state: PlanState) -> Action:
         """Return the next chunk as level or as text."""
-        if state.is_ready and not state.fetches:
+        if state.is_ready and not state.is_arriving:
             return HandOver()
         index = self._undecided(state)
         if index is None or state.recomputing is not None:
@@ -95,19 +95,18 @@ class CachegenPolicy:
         steps = state.chunks[index].curve.steps
         left_s = state.left_s * self.margin
         text_s = math.fsum(state.recompute_s(chunk) for chunk in rest)
-        if not steps or text_s <= left_s:
+        if not steps or text_s <= state.left_s:
             return None
         rate = state.link.last_rate_bytes_per_s
         if rate is None:
             return len(steps) // 2
-        delays = []
-        for level in range(len(steps)):
-            size = state.bytes_under_way + sum(
-                state.chunks[chunk].curve.steps[_clamped(level, state.chunks[chunk])].end_bytes
-                for chunk in rest
-                if state.chunks[chunk].curve.steps
-            )
-            delays.append(size / rate)
+        # All that is left at each level; a chunk with fewer levels stays at its finest one.
+        sizes = [state.bytes_under_way] * len(steps)
+        for chunk in state.chunks[index:]:
+            ends = [step.end_bytes for step in chunk.curve.steps]
+            for level in range(len(steps) if ends else 0):
+                sizes[level] += ends[min(level, len(ends) - 1)]
+        delays = [size / rate for size in sizes]
         fitting = [level for level, delay in enumerate(delays) if delay <= left_s]
         if fitting:
             return fitting[-1]

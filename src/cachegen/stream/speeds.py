@@ -62,11 +62,11 @@ class SpeedLearner:
     """Learns both speeds from what was observed, starting from a guess.
 
     Prefill is a regression on tokens and pairs of tokens, in relative errors, so that a long chunk
-    counts no more than a short one; the guess is worth ``prior_weight`` observations, and old
-    observations fade by ``fading`` with each new one.
+    counts no more than a short one; the guess is worth ``prior_weight`` observations of its own
+    size, and old observations fade by ``fading`` with each new one.
     """
 
-    def __init__(self, guess: Speeds, *, prior_weight: float = 1.0, fading: float = 0.98) -> None:
+    def __init__(self, guess: Speeds, *, prior_weight: float = 0.1, fading: float = 0.98) -> None:
         self._guess = guess
         self._fading = fading
         self._prior_weight = prior_weight
@@ -114,8 +114,8 @@ class SpeedLearner:
         determinant = first * second - cross * cross
         linear = (self._moment[0] * second - self._moment[1] * cross) / determinant
         pairs = (self._moment[1] * first - self._moment[0] * cross) / determinant
-        prior = self._prior_weight
-        variance = (prior * guess.deviation**2 + self._errors) / (prior + self._count)
+        # The deviation that was guessed is worth one observation.
+        variance = (guess.deviation**2 + self._errors) / (1.0 + self._count)
         return Speeds(
             PrefillSpeed(
                 guess.token_s * max(linear, 0.01),

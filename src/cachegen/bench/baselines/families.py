@@ -28,8 +28,8 @@ from cachegen.bench.baselines.kvtc import KvtcModel, KvtcPeer
 from cachegen.bench.baselines.turboquant import TurboQuantPeer
 from cachegen.chunk import DEFAULT_CHUNK_TOKENS, KVChunk
 from cachegen.codec.base import Codec
-from cachegen.codec.basis import fit_basis
 from cachegen.codec.cachegen import CacheGenCodec
+from cachegen.codec.fit import fit_basis
 from cachegen.codec.grading import CacheGenConfig
 from cachegen.codec.registry import CODECS, get_codec
 from cachegen.errors import ConfigError
@@ -50,11 +50,13 @@ class Calibration:
     """What calibrated peers are fitted to; never text that is evaluated on.
 
     contexts: 16-bit KV of texts, each from position 0. profile: for codecs of the registry that
-    take one; None lets ``progressive`` fit one to the contexts.
+    take one; None lets ``progressive`` fit one: with ``fit``, which has the model, or without
+    knowing what errors do, to the contexts alone.
     """
 
     contexts: tuple[KVChunk, ...]
     profile: Profile | None = None
+    fit: Callable[[], Profile] | None = None
 
     @cached_property
     def kvtc(self) -> KvtcModel:
@@ -64,7 +66,9 @@ class Calibration:
     @cached_property
     def progressive(self) -> Profile:
         """The given profile, or one that is fitted on first use."""
-        return self.profile or fit_basis(self.contexts)
+        if self.profile is not None:
+            return self.profile
+        return self.fit() if self.fit is not None else fit_basis(self.contexts)
 
     def chunks(self, chunk_tokens: int) -> list[KVChunk]:
         """Return the contexts in chunks."""

@@ -13,7 +13,8 @@ from cachegen.codec.gpu.batch import LANES, Batch, Item
 from cachegen.codec.gpu.frozen import DeviceBasis, cell_constants, device_basis
 from cachegen.codec.gpu.streams import PLAIN_STEPS, plain_streams, rans_streams, require
 from cachegen.codec.passes import DIGIT_BITS
-from cachegen.codec.progressive import MAX_PASSES, profile_classes, unpack_params
+from cachegen.codec.progressive import MAX_PASSES, unpack_params
+from cachegen.codec.reference import profile_classes
 from cachegen.codec.side import GroupSide
 from cachegen.native.cuda import plan
 from cachegen.profile import Profile, require_profile

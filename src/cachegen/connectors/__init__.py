@@ -1,0 +1,1 @@
+"""Serving engines: loading KV into their caches and saving it from there."""

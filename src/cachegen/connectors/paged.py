@@ -1,0 +1,179 @@
+"""Reading and writing blocks of an engine's paged cache, on the CPU or on a GPU.
+
+``stage`` copies blocks out in the order of the engine's own work, so that the engine may overwrite
+them as soon as it returns; turning the copy into host rows can then happen in any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cachegen.chunk import KVChunk, LayerKV, as_numpy
+from cachegen.connectors.layout import BlockLayout
+from cachegen.errors import GeometryError, UnsupportedModelError
+from cachegen.types import Array, Geometry, KVDtype, RopeSpec
+
+
+@dataclass(frozen=True)
+class StagedBlocks:
+    """Blocks of all layers, copied out of the cache.
+
+    ready: waits until the copy is complete and returns the blocks of every layer on the host.
+    """
+
+    ready: Callable[[], list[Array]]
+    size_bytes: int
+
+
+class PagedCache:
+    """All layers of an engine's cache on one rank.
+
+    caches: one torch tensor per layer, in order of depth. layouts: theirs.
+    block_tokens: tokens of a block as the scheduler counts them; the cache's own blocks may be a
+        fraction of it.
+    """
+
+    def __init__(
+        self, caches: Sequence[Any], layouts: Sequence[BlockLayout], *, block_tokens: int
+    ) -> None:
+        if not caches or len(caches) != len(layouts):
+            raise GeometryError(
+                "layers of the paged cache", got=(len(caches), len(layouts)), expected="as many"
+            )
+        self._caches = list(caches)
+        self._layouts = list(layouts)
+        self._block_tokens = block_tokens
+        dtypes = {KVDtype.of(cache.dtype) for cache in caches}
+        sizes = {(layout.heads, layout.key_dim, layout.value_dim) for layout in layouts}
+        if len(dtypes) > 1 or len(sizes) > 1:
+            raise UnsupportedModelError(
+                "layers of the paged cache",
+                got=f"{len(dtypes)} dtypes, {len(sizes)} head geometries",
+                expected="the same in all layers",
+            )
+        for cache, layout in zip(caches, layouts, strict=True):
+            layout.check(cache.shape, cache.element_size())
+        heads, key_dim, value_dim = sizes.pop()
+        self.geometry = Geometry(len(caches), heads, key_dim, value_dim, dtypes.pop())
+        self._on_host = caches[0].device.type == "cpu"
+        # Memory of a CPU cache, as integers: NumPy copies those much faster than bfloat16.
+        self._arrays = [_bits(as_numpy(cache)) for cache in caches] if self._on_host else []
+        self._stream: Any = None
+
+    def stage(self, block_ids: Sequence[int]) -> StagedBlocks:
+        """Copy blocks out of every layer; the caller's stream of work orders the copy.
+
+        block_ids: as the scheduler counts blocks. Returns: the copy; nothing of the cache is
+            needed once this returns (CPU) or once the engine's stream has passed (GPU).
+        """
+        if self._on_host:
+            copies = [
+                np.moveaxis(array, layout.block_axis, 0)[self._own_ids(block_ids, layout)]
+                for array, layout in zip(self._arrays, self._layouts, strict=True)
+            ]
+            return StagedBlocks(lambda: copies, sum(copy.nbytes for copy in copies))
+        return self._stage_device(block_ids)
+
+    def to_chunk(
+        self, blocks: Sequence[Array], *, first_position: int, rope: RopeSpec | None
+    ) -> KVChunk:
+        """Turn the blocks of every layer into a chunk. Raises: GeometryError."""
+        dtype = self.geometry.dtype.numpy
+        layers = []
+        for raw, layout in zip(blocks, self._layouts, strict=True):
+            keys, values = layout.unpack(_bits(raw))
+            layers.append(LayerKV(keys.view(dtype), values.view(dtype)))
+        return KVChunk.from_layers(layers, first_position=first_position, rope=rope)
+
+    def to_blocks(self, chunk: KVChunk) -> list[Array]:
+        """Turn a chunk that fills whole blocks into the blocks of every layer, as integers.
+
+        Raises: GeometryError if the chunk is not of this cache, so that it cannot be written.
+        """
+        if chunk.geometry != self.geometry or not chunk.is_uniform:
+            raise GeometryError(
+                "geometry of a stored chunk", got=chunk.geometry, expected=self.geometry
+            )
+        return [
+            layout.pack(_bits(layer.keys), _bits(layer.values))
+            for layer, layout in zip(chunk.layers, self._layouts, strict=True)
+        ]
+
+    def write_layer(
+        self, layer: int, blocks: Array, block_ids: Sequence[int], *, skip_blocks: int = 0
+    ) -> None:
+        """Write blocks into one layer of the cache.
+
+        blocks: (n, ...), of which the first skip_blocks scheduler blocks are left out.
+        block_ids: where the others go.
+        """
+        layout = self._layouts[layer]
+        ratio = self._block_tokens // layout.block_tokens
+        part = blocks[skip_blocks * ratio :]
+        own = self._own_ids(block_ids, layout)
+        if len(part) != len(own):
+            raise GeometryError("blocks to write", got=len(part), expected=len(own))
+        if self._on_host:
+            np.moveaxis(self._arrays[layer], layout.block_axis, 0)[own] = part
+        else:
+            self._write_device(layer, part, own)
+
+    def finish_writes(self) -> None:
+        """Wait until everything written by this thread is in the cache."""
+        if not self._on_host:
+            self._device_stream().synchronize()
+
+    def _own_ids(self, block_ids: Sequence[int], layout: BlockLayout) -> Array:
+        """Numbers of the cache's own blocks that make up the scheduler's blocks."""
+        ids = np.asarray(block_ids, np.int64)
+        ratio = self._block_tokens // layout.block_tokens
+        if ratio == 1:
+            return ids
+        own: Array = (ids[:, None] * ratio + np.arange(ratio)).reshape(-1)
+        return own
+
+    def _device_stream(self) -> Any:
+        if self._stream is None:
+            import torch
+
+            self._stream = torch.cuda.Stream(device=self._caches[0].device)  # type: ignore[no-untyped-call]
+        return self._stream
+
+    def _stage_device(self, block_ids: Sequence[int]) -> StagedBlocks:
+        import torch
+
+        gathered = []
+        for cache, layout in zip(self._caches, self._layouts, strict=True):
+            own = torch.from_numpy(self._own_ids(block_ids, layout)).to(cache.device)
+            blocks = cache.index_select(layout.block_axis, own).movedim(layout.block_axis, 0)
+            gathered.append(blocks)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        size_bytes = sum(blocks.numel() * blocks.element_size() for blocks in gathered)
+
+        def ready() -> list[Array]:
+            # On a stream of its own: the engine's next steps do not wait for the bus.
+            stream = torch.cuda.Stream(device=gathered[0].device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(stream):
+                stream.wait_event(copied)
+                return [as_numpy(blocks.contiguous().cpu()) for blocks in gathered]
+
+        return StagedBlocks(ready, size_bytes)
+
+    def _write_device(self, layer: int, part: Array, own: Array) -> None:
+        import torch
+
+        cache, axis = self._caches[layer], self._layouts[layer].block_axis
+        bits = torch.from_numpy(np.ascontiguousarray(part))
+        with torch.cuda.stream(self._device_stream()):
+            moved = bits.to(cache.device).view(cache.dtype).movedim(0, axis)
+            cache.index_copy_(axis, torch.from_numpy(own).to(cache.device), moved)
+
+
+def _bits(array: Array) -> Array:
+    """View values as signed integers of the same size, which torch has too."""
+    return array.view(np.int16 if array.itemsize == 2 else np.int32)

@@ -1,0 +1,385 @@
+"""The threads of a fetcher: readers, workers that decode and deliver, and a clock.
+
+All state is behind one lock; a thread leaves it only to read, to decode or to call the caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Protocol
+
+from cachegen.chunk import KVChunk
+from cachegen.store.clock import deadline
+from cachegen.stream.bandwidth import BandwidthEstimator
+from cachegen.stream.link import Hedger, LinkMeter, in_turn, slice_bytes
+from cachegen.stream.outcome import FetchedChunk, FetchReport, Reason
+from cachegen.stream.progress import Stage
+from cachegen.stream.reading import Read
+from cachegen.stream.request import RequestState, Task
+from cachegen.stream.speeds import SpeedLearner
+
+# KV bytes per second, before the first chunk was decoded.
+DECODE_GUESS_KV_BYTES_PER_S = 15e6
+# Threads that hang in the store are replaced, until there are so many times as many as asked for.
+MOST_READERS = 4
+# A store that streams delivers in slices of this length.
+STREAM_BYTES = 64 << 10
+# A store call may outlast the deadline of its request by so much before it is given up.
+LATE_CALL_S = 0.05
+
+Decode = Callable[[bytes, FetchedChunk], KVChunk]
+Progress = Callable[[FetchReport], None]
+
+
+class Source(Protocol):
+    """The part of a store that fetching needs; ``get_stream`` is used where there is one."""
+
+    def get_range(self, name: str, begin: int, end: int) -> bytes | None:
+        """Return the bytes [begin, end) of the object, or None."""
+
+
+@dataclass(frozen=True, eq=False)
+class Callbacks:
+    """What a caller wants to be called; see ``Fetcher.request``."""
+
+    decode: Decode
+    deliver: Callable[[FetchedChunk], None] | None
+    direct: Callable[[FetchedChunk], None] | None
+    recompute: Callable[[FetchedChunk], KVChunk | None] | None
+    fence: Callable[[], bool] | None
+    progress: Progress | None
+
+
+class Pool:
+    """Carries out requests on threads that start with the first one. See ``Fetcher``."""
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        readers: int,
+        decoders: int,
+        held_bytes: int,
+        bandwidth: BandwidthEstimator,
+        speeds: SpeedLearner,
+    ) -> None:
+        self.cond = threading.Condition()
+        self.counts: Counter[str] = Counter()
+        self.bandwidth = bandwidth
+        self.speeds = speeds
+        self._source = source
+        self._readers = readers
+        self._decoders = decoders
+        self._held_bytes = held_bytes
+        self._active: dict[RequestState, Callbacks] = {}
+        self._threads: list[threading.Thread] = []
+        self._reader_count = self._idle_readers = 0
+        self._meter = LinkMeter()
+        self._hedger = Hedger()
+        self._turn = 0
+        self._decode_s_per_byte: float | None = None
+        self._closed = False
+
+    def add(self, state: RequestState, calls: Callbacks) -> bool:
+        """Take on a request. Returns: False after ``close``."""
+        with self.cond:
+            if self._closed:
+                return False
+            self._active[state] = calls
+            self.counts["requests"] += 1
+            self._start_threads()
+            self._changed()
+            return True
+
+    def cancel(self, state: RequestState, reason: Reason = Reason.CANCELLED) -> None:
+        """Give up what has not come of a request."""
+        with self.cond:
+            state.cancel(time.monotonic(), reason)
+            self._changed()
+
+    def close(self) -> None:
+        """Cancel all requests and end the threads; one that hangs in the store is left behind."""
+        with self.cond:
+            self._closed = True
+            for state in list(self._active):
+                state.cancel(time.monotonic())
+            self._changed()
+            threads = [thread for thread in self._threads if thread.ident != threading.get_ident()]
+        until_s = time.monotonic() + LATE_CALL_S
+        for thread in threads:
+            thread.join(max(0.0, until_s - time.monotonic()))
+
+    def decode_cost(self, decoded_bytes: int) -> float:
+        """Return the seconds that decoding to so many bytes of KV is expected to take."""
+        known = self._decode_s_per_byte
+        return decoded_bytes * (1 / DECODE_GUESS_KV_BYTES_PER_S if known is None else known)
+
+    # Everything below that says "locked" is called with the lock held.
+
+    def _changed(self) -> None:
+        """Locked: forget requests that are over, and wake whoever waits."""
+        for state in [state for state in self._active if state.is_over]:
+            del self._active[state]
+            for item in state.items:
+                self.counts[f"chunks.{item.reason.value}"] += 1
+        self.cond.notify_all()
+
+    def _start_threads(self) -> None:
+        if not self._threads:
+            self._start("clock", self._keep_time)
+            for _ in range(self._decoders):
+                self._start("decode", self._work)
+        self._start_reader()
+
+    def _start_reader(self) -> None:
+        """Locked: one more reader, if none is idle and there may be one more."""
+        stuck = self._meter.in_flight - sum(len(state.reads) for state in self._active)
+        count = self._reader_count
+        wanted = not self._idle_readers and count - max(0, stuck) < self._readers
+        if wanted and count < MOST_READERS * self._readers:
+            self._reader_count += 1
+            self._start("read", self._read_loop)
+
+    def _start(self, name: str, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name=f"cachegen-{name}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _keep_time(self) -> None:
+        """Body of the clock thread: deadlines, and decoding that has to begin."""
+        with self.cond:
+            while not self._closed:
+                now_s = time.monotonic()
+                if any([state.tick(now_s) for state in self._active]):
+                    self._changed()
+                due_s = min((state.next_due_s(now_s) for state in self._active), default=math.inf)
+                hedge_s = self._hedger.limit_s
+                if any(state.reads for state in self._active) and math.isfinite(hedge_s):
+                    due_s = min(due_s, now_s + hedge_s)
+                wait_s = None if math.isinf(due_s) else max(0.0, due_s - now_s)
+                if not self.cond.wait(wait_s):
+                    self.cond.notify_all()
+
+    # Reading.
+
+    def _read_loop(self) -> None:
+        """Body of a reader."""
+        while True:
+            with self.cond:
+                found = self._next_read()
+                while found is None and not self._closed:
+                    self._idle_readers += 1
+                    self.cond.wait()
+                    self._idle_readers -= 1
+                    found = self._next_read()
+                if found is None:
+                    return
+                self._start_reader()
+            self._transfer(*found)
+
+    def _next_read(self) -> tuple[Read, float, int] | None:
+        """Locked: choose a read. Returns: it, now, and the bytes under way before it."""
+        if self._closed:
+            return None
+        now_s = time.monotonic()
+        read = self._next_hedge(now_s)
+        if read is None:
+            link = self.bandwidth.estimate(now_s)
+            # Never far more than was last seen: what is asked for cannot be taken back.
+            rate = min(link.rate_bytes_per_s(), 2 * (link.last_rate_bytes_per_s or 0.0))
+            window = self._meter.window_bytes(rate)
+            if self._meter.in_flight_bytes >= window or self._is_full():
+                return None
+            size, speeds = slice_bytes(window, self._readers), self.speeds.speeds()
+            for state in in_turn(list(self._active), self._turn):
+                read = state.next_read(now_s, link=link, speeds=speeds, slice_bytes=size)
+                if read is not None:
+                    state.served_turn = self._turn
+                    self._turn += 1
+                    break
+                if state.is_over:
+                    self._changed()
+        if read is None:
+            return None
+        ahead = self._meter.in_flight_bytes
+        self._meter.begin(read.end - read.begin, now_s)
+        self.counts["reads"] += 1
+        return read, now_s, ahead
+
+    def _is_full(self) -> bool:
+        """Locked: True if memory has to become free before more is read."""
+        under_way = self._meter.in_flight_bytes
+        if under_way + sum(state.held_bytes for state in self._active) < self._held_bytes:
+            return False
+        if under_way or any(state.is_decoding for state in self._active):
+            return True
+        if any([state.squeeze() for state in self._active]):
+            self.cond.notify_all()
+            return True
+        return False  # one object alone is larger than the bound: without it nothing moves
+
+    def _next_hedge(self, now_s: float) -> Read | None:
+        """Locked: a read that later ones have overtaken, and that takes longer than they do."""
+        for state in self._active:
+            for read in state.reads:
+                slow = now_s - read.started_s > self._hedger.limit_s
+                if slow and read.sent == 1 and read.overtaken and self._hedger.spend():
+                    read.sent = 2
+                    state.hedged_reads += 1
+                    self.counts["hedged_reads"] += 1
+                    return read
+        return None
+
+    def _transfer(self, read: Read, began_s: float, ahead_bytes: int) -> None:
+        """Make one call of the store and pass on what comes."""
+        size, got_bytes = read.end - read.begin, 0
+        latency_s: float | None = None
+        is_missing, error = False, None
+        try:
+            left_s = read.owner.deadline_s - began_s + LATE_CALL_S
+            with deadline(left_s), contextlib.closing(self._parts(read)) as parts:
+                for part in parts:
+                    if part is None:
+                        is_missing = True
+                        break
+                    with self.cond:
+                        now_s = time.monotonic()
+                        if latency_s is None:
+                            # What the link was busy with before these bytes is no latency.
+                            rate = self.bandwidth.estimate(now_s).rate_bytes_per_s()
+                            latency_s = now_s - began_s - (ahead_bytes + len(part)) / rate
+                        self._learn(self._meter.receive(len(part), now_s), now_s)
+                        read.owner.receive(read, read.begin + got_bytes, part, now_s)
+                        got_bytes += len(part)
+                        self._changed()
+                        if not read.is_wanted and got_bytes < size:
+                            break
+        except Exception as failure:  # of any store: the chunk is lost, the reader is not
+            error = failure
+        with self.cond:
+            now_s = time.monotonic()
+            self._meter.end(left_bytes=size - got_bytes, latency_s=latency_s)
+            if read.done or (error is not None and read.sent > 1 and not read.failed):
+                read.failed = True  # the other call for the same bytes may still answer
+            else:
+                self._end_read(read, now_s, got_bytes, is_missing, error)
+            report = read.owner.report()
+            calls = self._active.get(read.owner)
+            self._changed()
+        if calls is not None and calls.progress is not None:
+            self._guarded(read.owner, calls.progress, report)
+
+    def _end_read(
+        self, read: Read, now_s: float, got_bytes: int, is_missing: bool, error: Exception | None
+    ) -> None:
+        """Locked: take in the first answer to a read."""
+        if error is None and not is_missing:
+            self._hedger.learn(now_s - read.started_s)
+        for other in read.owner.reads:
+            other.overtaken |= other.started_s < read.started_s
+        read.owner.end_read(read, now_s, got_bytes=got_bytes, is_missing=is_missing, error=error)
+
+    def _parts(self, read: Read) -> Generator[bytes | None]:
+        """Yield the bytes of a read as they come; None if there is no such object."""
+        stream = getattr(self._source, "get_stream", None)
+        if stream is None:
+            yield self._source.get_range(read.name, read.begin, read.end)
+            return
+        slices = stream(read.name, slice_bytes=STREAM_BYTES, begin=read.begin, end=read.end)
+        if slices is None:
+            yield None
+            return
+        try:
+            for part in slices:
+                yield bytes(part)
+        finally:
+            close = getattr(slices, "close", None)
+            if close is not None:
+                close()
+
+    def _learn(self, sample: tuple[int, float] | None, now_s: float) -> None:
+        """Locked: pass on what the link carried."""
+        if sample is not None:
+            size, seconds = sample
+            self.bandwidth.observe(size, seconds, now_s=now_s, first_byte_s=self._meter.latency_s)
+
+    # Decoding, delivering, recomputing.
+
+    def _work(self) -> None:
+        """Body of a worker."""
+        while True:
+            with self.cond:
+                task = self._next_task()
+                while task is None and not (self._closed and not self._active):
+                    self.cond.wait()
+                    task = self._next_task()
+                if task is None:
+                    return
+                calls = self._active[task.request]
+            self._carry_out(task, calls)
+
+    def _next_task(self) -> Task | None:
+        """Locked: what is most urgent."""
+        for state in sorted(self._active, key=lambda state: state.deadline_s):
+            task = state.next_task()
+            if task is not None:
+                return task
+        return None
+
+    def _carry_out(self, task: Task, calls: Callbacks) -> None:
+        """Decode, deliver or recompute a chunk and report back."""
+        chunk: KVChunk | None = None
+        error: Exception | None = None
+        fenced = False
+        began_s = time.monotonic()
+        try:
+            if task.stage is Stage.READY:
+                chunk = calls.decode(task.item.data, task.item)
+            elif calls.fence is not None and not calls.fence():
+                fenced = True
+            elif task.stage is Stage.RECOMPUTING and calls.recompute is not None:
+                chunk = calls.recompute(task.item)
+            elif calls.direct is not None:
+                calls.direct(task.item)
+            elif calls.deliver is not None:
+                calls.deliver(task.item)
+        except Exception as failure:  # a callback may be anybody's: the worker outlives it
+            error = failure
+        with self.cond:
+            now_s = time.monotonic()
+            seconds = now_s - began_s
+            if error is None and not fenced:
+                self._learn_speed(task, calls, seconds)
+            if fenced:
+                task.request.fence(now_s)
+            else:
+                task.request.end_task(task, now_s, chunk=chunk, error=error, seconds=seconds)
+            report = task.request.report()
+            self._changed()
+        if calls.progress is not None:
+            self._guarded(task.request, calls.progress, report)
+
+    def _learn_speed(self, task: Task, calls: Callbacks, seconds: float) -> None:
+        """Locked: remember how long decoding or recomputing took."""
+        item = task.item
+        if task.stage is Stage.RECOMPUTING:
+            self.speeds.observe_prefill(item.begin_token, item.tokens, seconds)
+        elif task.stage is Stage.READY or calls.direct is not None:
+            self.speeds.observe_decode(item.read_bytes, seconds)
+            cost = seconds / max(1, item.decoded_bytes)
+            known = self._decode_s_per_byte
+            # Quick to believe that it is slow: being late costs more than an early start.
+            self._decode_s_per_byte = cost if known is None else max(cost, 0.8 * known + 0.2 * cost)
+
+    def _guarded(self, state: RequestState, call: Progress, report: FetchReport) -> None:
+        """Call back about progress; a callback that raises ends its request."""
+        try:
+            call(report)
+        except Exception:  # anybody's; there is nobody else to tell
+            self.cancel(state, Reason.CALLBACK_ERROR)

@@ -1,0 +1,212 @@
+"""vLLM engines for tests: started, asked, compared with a baseline, and ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+from cachegen.connectors.vllm import CacheGenConnector
+from vllm import LLM, SamplingParams
+
+MODEL = Path(__file__).parents[2] / "models" / "reference"
+BLOCK = 128
+CHUNK = 256
+# Two logits closer than this may change places when a step groups its tokens otherwise.
+ROUNDING_NATS = 1e-3
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Generated tokens, and for each the log-probabilities of the two best."""
+
+    tokens: tuple[int, ...]
+    best_two: tuple[tuple[float, float], ...]
+    cached_tokens: int
+
+
+class Engine:
+    """A vLLM engine in this process."""
+
+    def __init__(self, **options: Any) -> None:
+        defaults = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 2048,
+            "max_num_seqs": 8,
+            "enable_prefix_caching": False,
+            "disable_log_stats": False,
+            "seed": 0,
+        }
+        self.llm = LLM(str(MODEL), **{**defaults, **options})
+
+    def ask(self, prompts: Sequence[Any], max_tokens: int = 16) -> list[Answer]:
+        """Generate greedily after each prompt, all at once."""
+        greedy = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=2, ignore_eos=True)
+        inputs = [p if isinstance(p, dict) else {"prompt_token_ids": list(p)} for p in prompts]
+        return [answer_of(out) for out in self.llm.generate(inputs, greedy, use_tqdm=False)]
+
+    @property
+    def scheduler(self) -> CacheGenConnector:
+        """The connector of the scheduler."""
+        return self.core.scheduler.connector
+
+    @property
+    def worker(self) -> CacheGenConnector:
+        """The connector of the worker."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()
+
+    @property
+    def core(self) -> Any:
+        """vLLM's EngineCore."""
+        return self.llm.llm_engine.engine_core.engine_core
+
+    def counted(self, name: str, reason: str | None = None) -> float:
+        """Return a counter of the connector, both sides together."""
+        sides = (self.scheduler._counters, self.worker._counters)
+        return sum(side.get(name, reason=reason) for side in sides)
+
+    def preemptions(self) -> float:
+        """How often vLLM preempted a request."""
+        found = [m for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions"]
+        return sum(metric.value for metric in found)
+
+    def settle(self) -> None:
+        """Wait until everything that was handed over is saved."""
+        saver = self.worker._worker._saver
+        end = time.monotonic() + 60
+        while saver._backlog_bytes:
+            assert time.monotonic() < end, "saves do not end"
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """End the engine, so that another one can start in this process."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def engine(store: str | None = None, **options: Any) -> Iterator[Engine]:
+    """Start an engine, with the connector if there is a store; extra settings go to the connector.
+
+    role, quality, codec, slo_s and the like: of the connector; everything else: of vLLM.
+    """
+    names = ("quality", "codec", "slo_s", "profile", "chunk_tokens", "save_decode", "policy")
+    extra = {name: options.pop(name) for name in names if name in options}
+    role = options.pop("role", "kv_both")
+    if store is not None:
+        options["kv_transfer_config"] = {
+            "kv_connector": "CacheGenConnector",
+            "kv_connector_module_path": "cachegen.connectors.vllm",
+            "kv_role": role,
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {
+                "store": store,
+                "quality": "lossless",
+                "slo_s": 20.0,
+                **extra,
+            },
+        }
+    made = Engine(**options)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+class Baseline:
+    """Answers without a connector, remembered; the engine starts when a prompt is new."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], Answer] = {}
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int = 16, dtype: str = "float32"
+    ) -> list[Answer]:
+        keys = [(tuple(prompt), max_tokens, dtype) for prompt in prompts]
+        new = [key for key in dict.fromkeys(keys) if key not in self._known]
+        if new:
+            with engine(dtype=dtype) as plain:
+                answers = plain.ask([key[0] for key in new], max_tokens)
+            self._known.update(zip(new, answers, strict=True))
+        return [self._known[key] for key in keys]
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._known.clear()
+
+
+def answer_of(output: Any) -> Answer:
+    """Read the tokens and the best two log-probabilities off an output of vLLM."""
+    completion = output.outputs[0]
+    best_two = []
+    for entry in completion.logprobs:
+        ordered = sorted((item.logprob for item in entry.values()), reverse=True)
+        best_two.append((ordered[0], ordered[1]))
+    return Answer(tuple(completion.token_ids), tuple(best_two), output.num_cached_tokens or 0)
+
+
+def check_same(got: Sequence[Answer], want: Sequence[Answer]) -> int:
+    """Compare greedy answers with the baseline's.
+
+    From the first token that differs on a text goes its own way; it may differ only where the
+    baseline's best two were within rounding. Returns: how many answers did.
+    """
+    assert len(got) == len(want)
+    ties = 0
+    for number, (one, other) in enumerate(zip(got, want, strict=True)):
+        if one.tokens == other.tokens:
+            continue
+        differs = [a != b for a, b in zip(one.tokens, other.tokens, strict=True)].index(True)
+        first, second = other.best_two[differs]
+        assert first - second < ROUNDING_NATS, (
+            f"answer {number} differs at token {differs}, where the baseline's best two are "
+            f"{first - second:.4f} nats apart: {one.tokens} is not {other.tokens}"
+        )
+        ties += 1
+    return ties
+
+
+def text_tokens() -> list[int]:
+    """Return the reference model's evaluation text as tokens."""
+    from transformers import AutoTokenizer
+
+    text = (MODEL / "eval_text.txt").read_text(encoding="utf-8")
+    tokens: list[int] = AutoTokenizer.from_pretrained(MODEL)(text)["input_ids"]
+    return tokens
+
+
+def mixed_prompts() -> list[list[int]]:
+    """Return 50 prompts: shared prefixes, borders of chunks and blocks, shorter than a block."""
+    text = text_tokens()
+    borders = [1, 5, 31, 127, 128, 129, 255, 256, 257, 258, 383, 384, 385]
+    borders += [511, 512, 513, 640, 767, 768, 769, 1023, 1024, 1025, 1300]
+    prompts = [text[:length] for length in borders]
+    rng = np.random.default_rng(11)
+    while len(prompts) < 50:
+        shared = int(rng.choice([64, 128, 200, 256, 300, 512, 600, 768]))
+        begin, own = int(rng.integers(2000, 20000)), int(rng.integers(1, 300))
+        prompts.append(text[:shared] + text[begin : begin + own])
+    return prompts
+
+
+def hits_expected(prompts: Sequence[Sequence[int]]) -> int:
+    """Return the tokens that a full store holds of these prompts, one left to compute in each."""
+    return sum(min(len(p) // CHUNK * CHUNK, len(p) - 1) for p in prompts)
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
+    """Poll until a condition holds; a hang is an error."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.01)
