@@ -31,6 +31,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from coefficients import Coefficients
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -40,9 +41,9 @@ from cachegen.bench.curves import Pchip
 from cachegen.bench.report import environment, write_json
 from cachegen.bench.workload import Sizes, load_workload
 from cachegen.chunk import KVChunk, LayerKV
-from cachegen.codec.basis import group_matrix, load_basis, plain_basis
-from cachegen.codec.container import SIDE, read_header
-from cachegen.codec.header import Group, Header
+from cachegen.codec.basis import group_matrix
+from cachegen.codec.container import read_header
+from cachegen.codec.header import Group
 from cachegen.codec.ladder import (
     BASE_DEVIATION,
     CLASSES,
@@ -59,7 +60,6 @@ from cachegen.codec.progressive import (
     ProgressiveCodec,
     spread_of,
 )
-from cachegen.codec.side import GroupSide
 from cachegen.hf.load import load_model
 from cachegen.profile import Profile
 
@@ -196,58 +196,21 @@ def _cell_costs(size: int) -> list[Array]:
     return result
 
 
-@dataclass(frozen=True)
-class Coefficients:
-    """What an object quantises: (T, N) float32 of each group, zero in exempt rows, any unit.
-
-    energy: by which squared errors are divided to be relative distortions.
-    """
-
-    groups: list[NDArray[np.float32]]
-    energy: float
-
-    @classmethod
-    def of(cls, chunk: KVChunk, data: bytes, profile: Profile | None) -> Coefficients:
-        """Transform a chunk as an object of it says."""
-        header = read_header(data, max_decoded_bytes=1 << 62)
-        basis = load_basis(profile, chunk.geometry) if profile else plain_basis(chunk)
-        groups = []
-        for index, (group, statistics) in enumerate(zip(basis.groups, basis.bases, strict=True)):
-            rows = group_matrix(chunk, group, basis.value_weight)
-            exempt = side_of(data, header, index).exempt_tokens
-            if statistics is None:
-                values = rows - np.delete(rows, exempt, axis=0).mean(axis=0)
-            else:
-                values = statistics.analyse(rows)
-            values[exempt] = 0
-            groups.append(values.astype(np.float32))
-        return cls(groups, header.value_count * spread_of(header) ** 2)
-
-    def aimed(self, step: float) -> tuple[float, float]:
-        """Quantise with one step: return ideal payload bits and the relative distortion left."""
-        bits = error = 0.0
-        for values in self.groups:
-            scaled = np.abs(values) / np.float32(step)
-            index = np.floor(scaled + np.float32(1 - DEAD_ZONE))
-            deviation = np.sqrt(np.square(scaled).mean(axis=0)) + np.float32(1e-6)
-            errors = []
-            for decay in DECAYS:
-                inside = centroid((math.sqrt(2) * decay / deviation).astype(np.float32))
-                rebuilt = np.where(index > 0, index - np.float32(1 - DEAD_ZONE) + inside, 0)
-                errors.append(float(np.square(rebuilt - scaled, dtype=np.float64).sum()))
-            error += min(errors) * step * step
-            bits += ideal_bits(index)
-        return bits, error / self.energy
-
-
-def side_of(data: bytes, header: Header, group: int) -> GroupSide:
-    """Parse the side information of a group."""
-    segment = next(s for s in header.segments if s.kind == SIDE and s.group == group)
-    tokens, channels, _ = ProgressiveCodec.coded_shape(header, group, 0)
-    body = memoryview(data)[segment.offset : segment.offset + segment.length]
-    return GroupSide.from_bytes(
-        body, tokens, channels, header.geometry.dtype, header.profile is None
-    )
+def quantise_aimed(groups: Sequence[NDArray[np.float32]], step: float) -> tuple[float, float]:
+    """Quantise coefficients with one step: return ideal payload bits and the squared error left."""
+    bits = error = 0.0
+    for values in groups:
+        scaled = np.abs(values) / np.float32(step)
+        index = np.floor(scaled + np.float32(1 - DEAD_ZONE))
+        deviation = np.sqrt(np.square(scaled).mean(axis=0)) + np.float32(1e-6)
+        errors = []
+        for decay in DECAYS:
+            inside = centroid((math.sqrt(2) * decay / deviation).astype(np.float32))
+            rebuilt = np.where(index > 0, index - np.float32(1 - DEAD_ZONE) + inside, 0)
+            errors.append(float(np.square(rebuilt - scaled, dtype=np.float64).sum()))
+        error += min(errors) * step * step
+        bits += ideal_bits(index)
+    return bits, error
 
 
 Curve = list[tuple[float, float]]
@@ -257,9 +220,8 @@ def aimed_curves(
     chunks: Sequence[KVChunk], profile: Profile | None, objects: Sequence[bytes], steps: Array
 ) -> dict[str, Curve]:
     """Return (bytes, distortion) at each relative step, real where it can be and ideal."""
-    parts = [
-        Coefficients.of(chunk, data, profile) for chunk, data in zip(chunks, objects, strict=True)
-    ]
+    parts = [Coefficients.of(chunk, profile) for chunk in chunks]
+    headers = [read_header(data, max_decoded_bytes=1 << 62) for data in objects]
     fixed = sum(bill.exempt_bytes for bill in map(bill_of, objects))
     coarse = [
         ProgressiveCodec(passes=1, step=float(steps[-1]), profile=profile).encode(chunk)
@@ -268,10 +230,13 @@ def aimed_curves(
     side = sum(bill.side_bytes + bill.exempt_bytes for bill in map(bill_of, coarse))
     curves: dict[str, Curve] = {"real": [], "ideal": []}
     for step in steps:
-        spreads = [spread_of(read_header(data, max_decoded_bytes=1 << 62)) for data in objects]
-        each = [p.aimed(float(step) * spread) for p, spread in zip(parts, spreads, strict=True)]
-        left = float(np.mean([distortion for _, distortion in each]))
-        curves["ideal"].append((side + sum(bits for bits, _ in each) / 8, left))
+        bits, left = 0.0, []
+        for part, header in zip(parts, headers, strict=True):
+            spread = spread_of(header)
+            coded, error = quantise_aimed(part.groups, float(step) * spread)
+            bits += coded
+            left.append(error / (header.value_count * spread**2))
+        curves["ideal"].append((side + bits / 8, float(np.mean(left))))
         codec = ProgressiveCodec(passes=1, step=float(step), profile=profile)
         real = [codec.encode(chunk) for chunk in chunks]
         if sum(bill.exempt_bytes for bill in map(bill_of, real)) == fixed:

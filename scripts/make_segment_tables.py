@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cachegen.bench.baselines.families import PAPER_BINS
 from cachegen.bench.calibrate import calibrate, captured_contexts
-from cachegen.bench.demo import load_workload
+from cachegen.bench.prompts import load_workload
 from cachegen.bench.report import environment, write_json
 from cachegen.chunk import KVChunk
 from cachegen.codec.base import Codec

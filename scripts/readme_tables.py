@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cachegen.bench.report import demo_markdown, format_cell
+from cachegen.bench.report import demo_link, demo_markdown, format_cell
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -38,10 +38,9 @@ def provenance(result: dict[str, Any]) -> str:
 
 
 def demo_section(result: dict[str, Any]) -> str:
-    megabits = result["bandwidth_bytes_per_s"] * 8 / 1e6
     head = (
-        f"{result['prompt_tokens']} prompt tokens ({result['prefix_tokens']} from the store) at "
-        f"{megabits:g} Mbit/s; {result['continuation_tokens']} teacher-forced tokens, "
+        f"{result['prompt_tokens']} prompt tokens ({result['prefix_tokens']} from the store) "
+        f"{demo_link(result)}; {result['continuation_tokens']} teacher-forced tokens, "
         f"{result['questions']} questions."
     )
     return f"{head}\n\n{demo_markdown(result)}\n\n{provenance(result)}"

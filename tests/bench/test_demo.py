@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cachegen.bench import demo
-from cachegen.bench.report import demo_markdown, plot_demo, write_json
+from cachegen.bench import demo, prompts
+from cachegen.bench.report import demo_link, demo_markdown, plot_demo, write_json
 from cachegen.errors import InputError
+from cachegen.store.memory import MemoryStore
+from cachegen.stream.traces import Trace
 
 MODEL = Path(__file__).parents[2] / "models/reference"
 KEYS = [
@@ -32,11 +34,12 @@ KEYS = [
 @pytest.fixture(scope="module")
 def result() -> dict[str, object]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "CONTINUATIONS", 1)
-        patch.setattr(demo, "RETRIEVAL_PROMPTS", 1)
+        patch.setattr(prompts, "CONTINUATIONS", 1)
+        patch.setattr(prompts, "RETRIEVAL_PROMPTS", 1)
         patch.setattr(demo, "REPEATS", 1)
         modes = ("recompute", "raw", "int8", "cachegen", "progressive balanced")
-        return demo.run_demo(str(MODEL), rate_bytes_per_s=50e6, modes=modes)
+        setup = demo.Setup(rate_bytes_per_s=50e6, slo_s=60.0)
+        return demo.run_demo(str(MODEL), setup, modes=modes)
 
 
 def test_rows(result) -> None:
@@ -54,6 +57,37 @@ def test_rows(result) -> None:
     assert rows["cachegen"]["kl_nats"] < 0.1
 
 
+def test_a_deadline_adds_a_row(result) -> None:
+    row = result["rows"][-1]
+    assert row["mode"] == "adaptive deadline"
+    assert row["slo_met"] and row["ttft_s"] <= result["slo_s"] == 60.0
+    assert sum(row["reasons"].values()) == len(row["chunk_bytes"]) == 4
+    assert row["kl_nats"] < 0.1
+
+
+def test_stores_policies_and_traces(tmp_path: Path) -> None:
+    """The paper's rule over a changing link, in a store that is given."""
+    store = MemoryStore()
+    trace = Trace("step", (0.0, 0.02, 100.0), (20e6, 4e6))
+    setup = demo.Setup(store=store, trace=trace, slo_s=60.0, policy="cachegen")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts, "CONTINUATIONS", 1)
+        patch.setattr(prompts, "RETRIEVAL_PROMPTS", 1)
+        patch.setattr(demo, "REPEATS", 1)
+        result = demo.run_demo(str(MODEL), setup, modes=("int8",))
+    assert result["trace"] == "step" and result["bandwidth_bytes_per_s"] == pytest.approx(4.0032e6)
+    assert [row["mode"] for row in result["rows"]] == ["int8", "adaptive cachegen"]
+    assert len(list(store.names())) == 4 + 3 * 4
+
+
+def test_profiles(tmp_path: Path) -> None:
+    assert demo.find_profile(MODEL, "none") is None
+    assert demo.find_profile(tmp_path) is None
+    with pytest.raises(FileNotFoundError):
+        demo.find_profile(MODEL, str(tmp_path / "none.safetensors"))
+    assert demo_link({"bandwidth_bytes_per_s": None}) == "from the store as it is"
+
+
 def test_reports(result, tmp_path: Path) -> None:
     write_json(tmp_path / "demo.json", result)
     again = json.loads((tmp_path / "demo.json").read_text())
@@ -68,8 +102,8 @@ def test_bad_prompts_and_modes(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("too short")
     with pytest.raises(InputError, match=r"short\.txt"):
-        demo.run_demo(str(MODEL), rate_bytes_per_s=1e9, prompt_file=short)
+        demo.run_demo(str(MODEL), prompt_file=short)
     with pytest.raises(InputError, match="modes"):
-        demo.run_demo(str(MODEL), rate_bytes_per_s=1e9, modes=("zip",))
+        demo.run_demo(str(MODEL), modes=("zip",))
     with pytest.raises(FileNotFoundError):
-        demo.run_demo(str(tmp_path / "none"), rate_bytes_per_s=1e9)
+        demo.run_demo(str(tmp_path / "none"))

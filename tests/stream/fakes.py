@@ -56,12 +56,15 @@ class Paced(FakeStore):
     def __init__(self, objects: dict[str, bytes], rate: float) -> None:
         super().__init__(objects)
         self.rate = rate
+        self.busy_s = 0.0
         self._turn = threading.Lock()
 
     def get_range(self, name: str, begin: int, end: int) -> bytes | None:
         data = super().get_range(name, begin, end)
         with self._turn:
+            begin = time.perf_counter()
             time.sleep(len(data or b"") / self.rate)
+            self.busy_s += time.perf_counter() - begin
         return data
 
 

@@ -101,13 +101,14 @@ def test_network_and_decoding_overlap(progressive, fetcher_of) -> None:
         time.sleep(0.05)
         return decode(data, key=item.key)
 
-    fetcher = fetcher_of(Paced(progressive, 110_000 / 0.2), decoders=1)
+    store = Paced(progressive, 110_000 / 0.2)
+    fetcher = fetcher_of(store, decoders=1)
     begin = time.perf_counter()
     items = list(fetcher.request(keys_of(4), decode=slow))
     wall = time.perf_counter() - begin
     decoding = sum(item.decode_s for item in items)
     assert decoding >= 4 * 0.05
-    assert wall < 0.9 * (0.2 + decoding)
+    assert wall < 0.95 * (store.busy_s + decoding)
 
 
 def test_a_stalled_store_does_not_hold_up_the_deadline(progressive, fetcher_of) -> None:
@@ -258,7 +259,7 @@ def test_callbacks_that_raise(progressive, fetcher_of) -> None:
     assert "not my day" in str(report.error)
     assert fetcher.request(keys_of(4), progress=bad).wait(LONG_S).reasons["callback_error"] > 0
     report = fetcher.request(keys_of(4), decode=bad).wait(LONG_S)
-    assert report.chunks[0].reason is Reason.DAMAGED
+    assert report.chunks[0].reason is Reason.DECODE_ERROR
     # The threads have outlived all of it.
     assert fetcher.request(keys_of(4)).wait(LONG_S).reasons == {"loaded": 4}
 
@@ -328,9 +329,10 @@ def test_the_urgent_request_comes_first_and_the_other_does_not_starve(
 def test_a_straggler_is_read_again(progressive, fetcher_of) -> None:
     """One read hangs; those after it go on, and a second one for its bytes gets through."""
     release, hung = threading.Event(), []
+    ready = threading.Event()
 
     def stall(number, name, begin, end):
-        if number == 20:
+        if ready.is_set() and name == keys_of(1)[0].name and begin > 0 and not hung:
             hung.append((name, begin, end))
             release.wait(LONG_S)
         else:
@@ -342,6 +344,7 @@ def test_a_straggler_is_read_again(progressive, fetcher_of) -> None:
         report = fetcher.request(keys_of(4)).wait(LONG_S)
         assert report is not None and report.reasons == {"loaded": 4}
         hedged += report.hedged_reads
+        ready.set()
     assert hung
     assert hedged >= 1
 

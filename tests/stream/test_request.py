@@ -193,6 +193,14 @@ def test_both_ends_meet(progressive) -> None:
     assert report.prefix_chunks == 4
 
 
+def test_a_policy_that_would_recompute_for_ever_does_not_wait(progressive) -> None:
+    """Chunks that are delivered stay as they are, however much time is left."""
+    state = request(DeadlinePolicy(), deadline=60.0, can_recompute=True, delivers=True)
+    report = run(progressive, state, 1e6, prefill_s=0.5)
+    assert report.prefix_chunks == 4
+    assert report.seconds < 3.0
+
+
 def test_no_keys() -> None:
     state = request(keys=[])
     assert state.is_over

@@ -4,37 +4,45 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cachegen.bench.quality import (
-    Continuation,
-    answer_questions,
-    compare,
-    continuation,
-    wilson_interval,
+from cachegen.bench.prompts import (
+    CONTINUATION_TOKENS,
+    OUTPUT_TOKENS,
+    Progress,
+    Workload,
+    load_workload,
+    measure_quality,
+    whole_tokens,
 )
 from cachegen.bench.report import environment
-from cachegen.bench.retrieval import RetrievalPrompt, RetrievalTask
-from cachegen.bench.ttft import Timing, median_timing, time_load, time_recompute
+from cachegen.bench.ttft import Loading, Timing, median_timing, time_load, time_recompute
 from cachegen.chunk import DEFAULT_CHUNK_TOKENS, KVChunk
 from cachegen.codec.base import Codec
 from cachegen.codec.container import VERSION, read_header
-from cachegen.codec.levels import prefix_bytes
+from cachegen.codec.levels import prefix_bytes, relative_distortions
+from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.registry import decode, get_codec
 from cachegen.errors import InputError
-from cachegen.hf.capture import capture
 from cachegen.hf.fingerprint import weights_fingerprint
 from cachegen.hf.load import load_model
+from cachegen.profile import Profile
+from cachegen.store.base import Store
 from cachegen.store.keys import chain_digests, chunk_keys, namespace_digest
 from cachegen.store.limit import RateLimitedStore
 from cachegen.store.local import LocalStore
+from cachegen.stream.fetch import Fetcher
+from cachegen.stream.outcome import FetchReport, Reason
+from cachegen.stream.policies import DEFAULT_POLICY, get_policy
+from cachegen.stream.traces import Trace
 from cachegen.types import ChunkKey, KVDtype
 
+# Codec and quality; with "+profile" the codec has the statistics of the model.
 MODES = (
     "recompute",
     "raw",
@@ -43,56 +51,95 @@ MODES = (
     "progressive lossless-in-practice",
     "progressive balanced",
     "progressive small",
+    "progressive+profile balanced",
+    "progressive+profile small",
 )
+# What a policy makes of a deadline; run if there is one.
+ADAPTIVE = "adaptive"
 # Calls of a progress callback: loading, capturing, then one for recompute and two for others.
-STEPS = 2 * len(MODES) + 1
-MIN_PROMPT_TOKENS = 1000
+STEPS = 2 * len(MODES) + 3
+# Name of the profile in a model's folder.
+PROFILE_FILE = "profile.safetensors"
+CACHEGEN_LEVELS = (1, 2, 3)
 STORED_DTYPE = KVDtype.BFLOAT16
-CONTINUATION_TOKENS = 256
-CONTINUATIONS = 2
-QUESTIONS = 40
-RETRIEVAL_PROMPTS = 2
-OUTPUT_TOKENS = 32
 REPEATS = 5
 # Below this many parameters threads wait for each other longer than they compute.
 SMALL_MODEL = 50_000_000
 BUDGET_S = 2.0
 
-Progress = Callable[[str], None]
-
 
 @dataclass(frozen=True)
-class Workload:
-    """What every mode is run on.
+class Setup:
+    """Where the demo's objects are, and how they come back.
 
-    prompt_ids: the prompt that is timed. texts: token ids of prefix and continuation, held-out.
-    prompts: retrieval prompts. kv: the captured KV of all of them, by token ids, model's dtype.
+    store: None for a folder that is deleted afterwards. rate_bytes_per_s: of a link that is
+    simulated in front of the store; None takes the store as fast as it is. trace: a rate that
+    changes with the time since each request began, instead. profile: of the model, if there is one.
+    slo_s: adds a row in which ``policy`` has to bring the first token within it.
     """
 
-    prompt_ids: tuple[int, ...]
-    texts: tuple[tuple[int, ...], ...]
-    prompts: tuple[RetrievalPrompt, ...]
-    kv: dict[tuple[int, ...], KVChunk]
-    references: tuple[Continuation, ...]
+    store: Store | None = None
+    rate_bytes_per_s: float | None = None
+    trace: Trace | None = None
+    profile: Profile | None = None
+    slo_s: float | None = None
+    policy: str = DEFAULT_POLICY
+
+    def link(self, scratch: Store) -> Store:
+        """Return the store as the demo reads it."""
+        store = self.store or scratch
+        if self.trace is not None:
+            typical = self.rate_bytes_per_s or self.trace.mean_bytes_per_s
+            schedule = self.trace.rate_at
+            return RateLimitedStore(store, typical, burst_bytes=0, schedule=schedule)
+        if self.rate_bytes_per_s is not None:
+            return RateLimitedStore(store, self.rate_bytes_per_s, burst_bytes=0)
+        return store
+
+    def describe(self) -> dict[str, Any]:
+        """Return JSON-able values for a report."""
+        rate = self.trace.mean_bytes_per_s if self.trace else self.rate_bytes_per_s
+        return {
+            "bandwidth_bytes_per_s": rate,
+            "trace": self.trace.name if self.trace else None,
+            "slo_s": self.slo_s,
+            "policy": self.policy if self.slo_s is not None else None,
+            "profile": self.profile.digest.hex() if self.profile else None,
+        }
+
+
+def find_profile(model_folder: str | Path, name: str | None = None) -> Profile | None:
+    """Load the profile of a model.
+
+    name: a file, "none", or None for the one in the model's folder if there is one.
+    Raises: FileNotFoundError, ProfileError.
+    """
+    if name == "none":
+        return None
+    path = Path(name) if name else Path(model_folder) / PROFILE_FILE
+    return Profile.load(path) if name or path.is_file() else None
 
 
 def run_demo(
     model_path: str,
+    setup: Setup | None = None,
     *,
-    rate_bytes_per_s: float,
     prompt_file: Path | None = None,
-    modes: Sequence[str] = MODES,
+    modes: Sequence[str] | None = None,
     progress: Progress = lambda text: None,
 ) -> dict[str, Any]:
     """Run the demo and return its result as JSON-able values.
 
     model_path: a folder with a model, tokenizer and ``retrieval.json`` such as models/reference.
+    modes: some of MODES; None for all that the setup allows.
     prompt_file: text of at least 1,000 tokens; None for the one that ships with the model.
     progress: called with a line for every step. Raises: InputError, UnsupportedModelError.
     """
-    unknown = sorted(set(modes) - set(MODES))
+    setup = setup or Setup()
+    unknown = sorted(set(modes or ()) - set(MODES))
     if unknown:
         raise InputError("modes", got=unknown, expected=f"some of {', '.join(MODES)}")
+    chosen = [mode for mode in modes or MODES if setup.profile or "+profile" not in mode]
     folder = Path(model_path)
     progress("loading the model")
     model, tokenizer = load_model(model_path)
@@ -102,14 +149,11 @@ def run_demo(
     namespace = _namespace(model, model_path, work.kv[work.prompt_ids])
     rows = []
     with tempfile.TemporaryDirectory(prefix="cachegen-demo-") as scratch:
-        local = LocalStore(scratch)
-        for mode in modes:
-            progress(f"{mode}: stream and generate")
-            if mode == "recompute":
-                rows.append(_recompute_row(model, work))
-                continue
-            link = RateLimitedStore(local, rate_bytes_per_s, burst_bytes=0)
-            rows.append(_load_row(model, work, mode, link, namespace, progress))
+        bench = _Bench(model, work, setup, setup.link(LocalStore(scratch)), namespace, progress)
+        for mode in chosen:
+            rows.append(bench.recompute() if mode == "recompute" else bench.load(mode))
+        if setup.slo_s is not None:
+            rows.append(bench.adapt(setup.slo_s, setup.policy))
     geometry = work.kv[work.prompt_ids].geometry
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
@@ -123,64 +167,15 @@ def run_demo(
             "stored_dtype": STORED_DTYPE.label,
         },
         "prompt_tokens": len(work.prompt_ids),
-        "prefix_tokens": _whole(len(work.prompt_ids)),
+        "prefix_tokens": whole_tokens(len(work.prompt_ids)),
         "chunk_tokens": DEFAULT_CHUNK_TOKENS,
-        "bandwidth_bytes_per_s": rate_bytes_per_s,
+        **setup.describe(),
         "continuation_tokens": CONTINUATION_TOKENS * len(work.texts),
         "questions": sum(len(prompt.questions) for prompt in work.prompts),
         "output_tokens": OUTPUT_TOKENS,
         "rows": rows,
         **environment(),
     }
-
-
-def _whole(tokens: int) -> int:
-    """Tokens in whole chunks, at least one token left for the model to read."""
-    return (tokens - 1) // DEFAULT_CHUNK_TOKENS * DEFAULT_CHUNK_TOKENS
-
-
-def load_workload(
-    model: Any,
-    tokenizer: Any,
-    folder: Path,
-    prompt_file: Path | None = None,
-    *,
-    progress: Progress = lambda text: None,
-) -> Workload:
-    """Capture the prompt, held-out texts and retrieval prompts of a model's folder.
-
-    Raises: InputError for a prompt that is too short or too long for the model.
-    """
-    path = prompt_file or folder / "demo_prompt.txt"
-    limit = int(model.config.max_position_embeddings)
-    prompt_ids = tuple(tokenizer(path.read_text(encoding="utf-8"))["input_ids"])
-    if not MIN_PROMPT_TOKENS <= len(prompt_ids) <= limit - OUTPUT_TOKENS:
-        raise InputError(
-            f"prompt {path.name}",
-            got=f"{len(prompt_ids)} tokens",
-            expected=f"{MIN_PROMPT_TOKENS} to {limit - OUTPUT_TOKENS}",
-            remedy="shorten or lengthen the prompt file",
-        )
-    begin = tuple(tokenizer("")["input_ids"])
-    held_out = tokenizer((folder / "eval_text.txt").read_text(encoding="utf-8"))["input_ids"]
-    prefix = 4 * DEFAULT_CHUNK_TOKENS
-    span = prefix + CONTINUATION_TOKENS + 1 - len(begin)
-    text = held_out[len(begin) :]
-    texts = tuple(
-        begin + tuple(text[index * span : (index + 1) * span]) for index in range(CONTINUATIONS)
-    )
-    task = RetrievalTask.load(folder)
-    prompts = tuple(
-        task.sample(seed, prefix + 1, facts=QUESTIONS) for seed in range(RETRIEVAL_PROMPTS)
-    )
-    progress("capturing KV caches")
-    kv: dict[tuple[int, ...], KVChunk] = {}
-    cuts = {prompt_ids: _whole(len(prompt_ids))}
-    cuts.update({ids: prefix for ids in (*texts, *(prompt.prefix_ids for prompt in prompts))})
-    for ids, tokens in cuts.items():
-        kv[ids] = capture(model, [list(ids[:tokens])])[0].kv
-    references = tuple(continuation(model, kv[ids], ids) for ids in texts)
-    return Workload(prompt_ids, texts, prompts, kv, references)
 
 
 def _namespace(model: Any, model_path: str, kv: KVChunk) -> bytes:
@@ -197,27 +192,6 @@ def _namespace(model: Any, model_path: str, kv: KVChunk) -> bytes:
     )
 
 
-def measure_quality(
-    model: Any, work: Workload, decoded: Callable[[KVChunk], KVChunk]
-) -> dict[str, float | list[float]]:
-    """Measure top-1, KL and retrieval with every captured prefix replaced by decoded(prefix)."""
-    agreements = [
-        compare(reference, continuation(model, decoded(work.kv[ids]), ids))
-        for ids, reference in zip(work.texts, work.references, strict=True)
-    ]
-    right: list[bool] = []
-    for prompt in work.prompts:
-        right += answer_questions(model, decoded(work.kv[prompt.prefix_ids]), prompt)
-    count = len(agreements)
-    return {
-        "top1_agreement": sum(agreement.top1 for agreement in agreements) / count,
-        "kl_nats": sum(agreement.kl_nats for agreement in agreements) / count,
-        "perplexity_ratio": sum(agreement.perplexity_ratio for agreement in agreements) / count,
-        "retrieval_accuracy": sum(right) / len(right),
-        "retrieval_interval": list(wilson_interval(sum(right), len(right))),
-    }
-
-
 def _timing_columns(timing: Timing) -> dict[str, Any]:
     return {
         "network_s": timing.network_s,
@@ -229,64 +203,162 @@ def _timing_columns(timing: Timing) -> dict[str, Any]:
     }
 
 
-def _recompute_row(model: Any, work: Workload) -> dict[str, Any]:
-    time_recompute(model, work.prompt_ids, output_tokens=2)  # warm-up: allocators, first-use set-up
-    timing = median_timing(
-        lambda: time_recompute(model, work.prompt_ids, output_tokens=OUTPUT_TOKENS),
-        repeats=REPEATS,
-        budget_s=BUDGET_S,
-    )
-    columns = {**_timing_columns(timing), "network_s": None, "decode_s": None}
-    sizes = ("bytes", "billed_bits_per_value", "ratio_vs_16bit", "encode_s")
-    empty = dict.fromkeys(sizes)
-    return {"mode": "recompute", **empty, **columns, **measure_quality(model, work, lambda kv: kv)}
+@dataclass(frozen=True)
+class _Bench:
+    """Measures one row of the table after the other."""
 
+    model: Any
+    work: Workload
+    setup: Setup
+    link: Store
+    namespace: bytes
+    progress: Progress
 
-def _load_row(
-    model: Any,
-    work: Workload,
-    mode: str,
-    link: RateLimitedStore,
-    namespace: bytes,
-    progress: Progress,
-) -> dict[str, Any]:
-    name, _, quality = mode.partition(" ")
-    codec = get_codec(name)
-    kv = work.kv[work.prompt_ids].astype(STORED_DTYPE)
-    chains = chain_digests(work.prompt_ids)
-    keys = chunk_keys(namespace, chains, codec.config())[: kv.tokens // DEFAULT_CHUNK_TOKENS]
-    chunks = kv.split()
-    encode_s = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        objects = encode_all(codec, chunks, keys)
-        encode_s.append(time.perf_counter() - begin)
-    for key, data in zip(keys, objects, strict=True):
-        link.inner.put(key.name, data)
-    timing = median_timing(
-        lambda: time_load(
-            model,
-            work.prompt_ids,
-            link,
+    def recompute(self) -> dict[str, Any]:
+        """Measure prefilling the prompt."""
+        self.progress("recompute: prefill and generate")
+        ids = self.work.prompt_ids
+        time_recompute(self.model, ids, output_tokens=2)  # warm-up: allocators, first-use set-up
+        timing = median_timing(
+            lambda: time_recompute(self.model, ids, output_tokens=OUTPUT_TOKENS),
+            repeats=REPEATS,
+            budget_s=BUDGET_S,
+        )
+        columns = {**_timing_columns(timing), "network_s": None, "decode_s": None}
+        empty = dict.fromkeys(("bytes", "billed_bits_per_value", "ratio_vs_16bit", "encode_s"))
+        quality = measure_quality(self.model, self.work, lambda kv: kv)
+        return {"mode": "recompute", **empty, **columns, **quality}
+
+    def load(self, mode: str) -> dict[str, Any]:
+        """Measure loading at a quality."""
+        self.progress(f"{mode}: stream and generate")
+        name, _, quality = mode.partition(" ")
+        codec = self._codec(name)
+        keys, objects, encode_s = self._store(codec)
+        timing, _ = self._time(Loading(keys, quality=quality or None))
+        self.progress(f"{mode}: quality through the model")
+        measured = measure_quality(
+            self.model, self.work, lambda captured: round_trip(codec, captured, quality)
+        )
+        size = sum(len(at_quality(data, quality)) for data in objects)
+        stored = sum(len(data) for data in objects)
+        return self._row(mode, size, stored, encode_s, timing, measured)
+
+    def adapt(self, slo_s: float, policy: str) -> dict[str, Any]:
+        """Measure what a policy makes of a deadline: it may end with another quality each time."""
+        mode = f"{ADAPTIVE} {policy}"
+        self.progress(f"{mode}: stream and generate")
+        levels: list[Codec]
+        if policy == "cachegen":
+            levels = [get_codec("cachegen", level=level) for level in CACHEGEN_LEVELS]
+        else:
+            levels = [self._codec("progressive+profile" if self.setup.profile else "progressive")]
+        stored = [self._store(codec) for codec in levels]
+        keys = list(zip(*(keys for keys, _, _ in stored), strict=True))
+        # What follows loading has to fit into the objective too; measured without any hurry.
+        calm, _ = self._time(Loading(keys, policy=get_policy("fixed")))
+        loading = Loading(
             keys,
-            output_tokens=OUTPUT_TOKENS,
-            quality=quality or None,
-        )[0],
-        repeats=REPEATS,
-        budget_s=BUDGET_S,
-    )
-    size = sum(len(at_quality(data, quality)) for data in objects)
-    progress(f"{mode}: quality through the model")
-    return {
-        "mode": mode,
-        "bytes": size,
-        "billed_bits_per_value": 8 * size / kv.value_count,
-        "ratio_vs_16bit": 2 * kv.value_count / size,
-        "stored_bytes": sum(len(data) for data in objects),
-        "encode_s": sorted(encode_s)[1],
-        **_timing_columns(timing),
-        **measure_quality(model, work, lambda captured: round_trip(codec, captured, quality)),
-    }
+            policy=get_policy(policy),
+            slo_s=slo_s,
+            rest_s=1.2 * (calm.ttft_s - calm.loaded_s),
+            recomputes=policy != "fixed",
+        )
+        timing, report = self._time(loading)
+        self.progress(f"{mode}: quality through the model")
+        size = sum(item.read_bytes for item in report.chunks)
+
+        def decoded(captured: KVChunk) -> KVChunk:
+            # What was recomputed, or did not come and was prefilled with the rest, is exact.
+            chunks = captured.astype(STORED_DTYPE).split()
+            for index, item in enumerate(report.chunks[: len(chunks)]):
+                if item.reason is Reason.LOADED:
+                    bits = 8 * item.read_bytes / chunks[index].value_count
+                    codec = levels[item.version]
+                    chunks[index] = round_trip(codec, chunks[index], bits_per_value=bits)
+            return KVChunk.concat(chunks)
+
+        measured = measure_quality(self.model, self.work, decoded)
+        row = self._row(
+            mode,
+            size,
+            sum(len(data) for _, objects, _ in stored for data in objects),
+            sum(encode_s for _, _, encode_s in stored),
+            timing,
+            measured,
+        )
+        outcome = {
+            "slo_s": slo_s,
+            "slo_met": timing.ttft_s <= slo_s,
+            "reasons": dict(report.reasons),
+            "chunk_bytes": [item.read_bytes for item in report.chunks],
+        }
+        return {**row, **outcome}
+
+    def _codec(self, name: str) -> Codec:
+        name, _, profile = name.partition("+")
+        return get_codec(name, profile=self.setup.profile) if profile else get_codec(name)
+
+    def _store(self, codec: Codec) -> tuple[list[ChunkKey], list[bytes], float]:
+        """Encode the prompt and put it into the store. Returns: keys, objects, encode seconds."""
+        kv = self.work.kv[self.work.prompt_ids].astype(STORED_DTYPE)
+        chains = chain_digests(self.work.prompt_ids)
+        count = kv.tokens // DEFAULT_CHUNK_TOKENS
+        keys = chunk_keys(self.namespace, chains, codec.config())[:count]
+        chunks = kv.split()
+        encode_s = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            objects = encode_all(codec, chunks, keys)
+            encode_s.append(time.perf_counter() - begin)
+        store = self.link.inner if isinstance(self.link, RateLimitedStore) else self.link
+        for key, data in zip(keys, objects, strict=True):
+            store.put(key.name, data)
+        return keys, objects, sorted(encode_s)[1]
+
+    def _time(self, loading: Loading) -> tuple[Timing, FetchReport]:
+        """Load and generate several times. Returns: medians, and the report of the last time."""
+        reports: list[FetchReport] = []
+
+        def once() -> Timing:
+            if isinstance(self.link, RateLimitedStore):
+                self.link.restart()
+            timing, report = time_load(
+                self.model,
+                self.work.prompt_ids,
+                fetcher,
+                loading,
+                output_tokens=OUTPUT_TOKENS,
+            )
+            reports.append(report)
+            return timing
+
+        profiles = {self.setup.profile.digest: self.setup.profile} if self.setup.profile else {}
+        with Fetcher(self.link, find_profile=profiles.__getitem__) as fetcher:
+            once()  # warm-up: threads, tables, what the link carries
+            timing = median_timing(once, repeats=REPEATS, budget_s=BUDGET_S)
+        return timing, reports[-1]
+
+    def _row(
+        self,
+        mode: str,
+        size: int,
+        stored: int,
+        encode_s: float,
+        timing: Timing,
+        measured: dict[str, float | list[float]],
+    ) -> dict[str, Any]:
+        values = self.work.kv[self.work.prompt_ids].value_count
+        return {
+            "mode": mode,
+            "bytes": size,
+            "billed_bits_per_value": 8 * size / values,
+            "ratio_vs_16bit": 2 * values / size if size else None,
+            "stored_bytes": stored,
+            "encode_s": encode_s,
+            **_timing_columns(timing),
+            **measured,
+        }
 
 
 def at_quality(data: bytes, quality: str) -> bytes:
@@ -301,14 +373,32 @@ def encode_all(
     return [codec.encode(chunk, key=key) for chunk, key in zip(chunks, keys, strict=True)]
 
 
-def round_trip(codec: Codec, kv: KVChunk, quality: str = "") -> KVChunk:
-    """Cast to 16 bit, cut into chunks, encode and decode: what a store would give back."""
+def round_trip(
+    codec: Codec, kv: KVChunk, quality: str = "", *, bits_per_value: float | None = None
+) -> KVChunk:
+    """Cast to 16 bit, cut into chunks, encode and decode: what a store would give back.
+
+    bits_per_value: instead of a quality, read as much as this of every ``progressive`` object, pass
+        0 at least.
+    """
     chunks = kv.astype(STORED_DTYPE).split()
     profile = getattr(codec, "profile", None)
     objects = encode_all(codec, chunks, [None] * len(chunks))
+    if bits_per_value is not None:
+        objects = [_at_rate(data, bits_per_value) for data in objects]
+    partial = bool(quality) or bits_per_value is not None
     return KVChunk.concat(
         [
-            decode(at_quality(data, quality), allow_partial=bool(quality), profile=profile)
+            decode(at_quality(data, quality), allow_partial=partial, profile=profile)
             for data in objects
         ]
     )
+
+
+def _at_rate(data: bytes, bits_per_value: float) -> bytes:
+    header = read_header(data)
+    if header.codec_id != ProgressiveCodec.codec_id:
+        return data
+    least = relative_distortions(header)[0][0]
+    budget = max(least, int(bits_per_value * header.value_count / 8))
+    return data[: prefix_bytes(header, budget_bytes=budget)]

@@ -97,8 +97,7 @@ def format_cell(value: object, spec: str) -> str:
 
 def print_demo(result: dict[str, Any], console: Console) -> None:
     """Print the demo's table: a row for each mode, or a column on a narrow terminal."""
-    model, rate = result["model"], result["bandwidth_bytes_per_s"]
-    title = f"{model['name']}: {result['prompt_tokens']} tokens over {rate * 8 / 1e6:g} Mbit/s"
+    title = f"{result['model']['name']}: {result['prompt_tokens']} tokens {demo_link(result)}"
     grid = [[heading for _, heading, _ in DEMO_COLUMNS]]
     for row in result["rows"]:
         grid.append([format_cell(row[key], spec) for key, _, spec in DEMO_COLUMNS])
@@ -113,6 +112,14 @@ def print_demo(result: dict[str, Any], console: Console) -> None:
     for line in grid[1:]:
         table.add_row(*line)
     console.print(table)
+
+
+def demo_link(result: dict[str, Any]) -> str:
+    """Say in words what the demo's objects came over."""
+    if result.get("trace"):
+        return f"over a link of {result['trace']}"
+    rate = result["bandwidth_bytes_per_s"]
+    return "from the store as it is" if rate is None else f"at {rate * 8e-6:g} Mbit/s"
 
 
 def demo_markdown(result: dict[str, Any]) -> str:
@@ -145,8 +152,7 @@ def plot_demo(result: dict[str, Any], path: Path) -> None:
         left.bar(names, heights, bottom=bottoms, label=label, color=colour)
         bottoms = [low + height for low, height in zip(bottoms, heights, strict=True)]
     left.set_ylabel("time to first token, ms")
-    rate = result["bandwidth_bytes_per_s"] * 8e-6
-    left.set_title(f"TTFT, {result['prompt_tokens']} tokens at {rate:g} Mbit/s")
+    left.set_title(f"TTFT, {result['prompt_tokens']} tokens {demo_link(result)}")
     left.tick_params(axis="x", labelrotation=20)
     left.legend()
     labels: dict[tuple[float, float], list[str]] = {}

@@ -9,27 +9,28 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from cachegen.chunk import KVChunk
-from cachegen.codec.registry import decode
 from cachegen.errors import StoreError
+from cachegen.hf.capture import chunk_of
 from cachegen.hf.inject import inject
-from cachegen.profile import Profile
-from cachegen.store.base import Store
-from cachegen.stream.fetch import fetch_chunks
-from cachegen.types import ChunkKey
+from cachegen.stream.fetch import Fetcher
+from cachegen.stream.outcome import FetchedChunk, FetchReport
+from cachegen.stream.plan import Policy
+from cachegen.stream.reading import Keys
 
 
 @dataclass(frozen=True)
 class Timing:
     """Wall times of one request, seconds.
 
-    network_s, decode_s: summed over chunks; they overlap. loaded_s: from the request until the last
-    chunk is decoded. ttft_s: until the first token. e2e_s: until the last of ``output_tokens``.
+    network_s: from the request until the last byte came. decode_s: summed over chunks; the two
+    overlap. loaded_s: from the request until the last chunk is decoded. ttft_s: until the first
+    token. e2e_s: until the last of ``output_tokens``.
     """
 
     network_s: float
@@ -73,40 +74,101 @@ def time_recompute(model: Any, token_ids: Sequence[int], *, output_tokens: int) 
     return Timing(0.0, 0.0, 0.0, ttft_s, e2e_s, output_tokens)
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How a stored prefix is loaded.
+
+    keys: of its chunks, or of the objects that may serve each. quality: nothing beyond it is read.
+    policy: None reads everything in order. slo_s: the first token should come within it; None for
+        no such wish. rest_s: of that, what injecting and prefilling the rest of the prompt take.
+    recomputes: let the policy leave chunks to the model.
+    """
+
+    keys: Keys
+    quality: str | None = None
+    policy: Policy | None = None
+    slo_s: float | None = None
+    rest_s: float = 0.0
+    recomputes: bool = False
+
+    @property
+    def deadline_s(self) -> float | None:
+        """When the prefix has to be there, from the request on."""
+        return None if self.slo_s is None else max(0.0, self.slo_s - self.rest_s)
+
+
 def time_load(
     model: Any,
     token_ids: Sequence[int],
-    store: Store,
-    keys: Sequence[ChunkKey],
+    fetcher: Fetcher,
+    loading: Loading,
     *,
     output_tokens: int,
-    quality: str | None = None,
-    profile: Profile | None = None,
-) -> tuple[Timing, KVChunk]:
+) -> tuple[Timing, FetchReport]:
     """Stream the prefix from a store, inject it, prefill the rest and generate greedily.
 
-    quality: how much of ``progressive`` objects to read; None for whole objects.
-    Returns: the times, and the decoded prefix. Raises: StoreError if a chunk is missing.
+    What does not come by the deadline is prefilled with the rest.
+    Returns: the times, and what became of each chunk. Raises: StoreError if a chunk does not come
+        although there is no deadline.
     """
     begin = time.perf_counter()
-    chunks: list[KVChunk] = []
-    network_s = decode_s = 0.0
-    partial = quality is not None
-
-    def load(data: bytes, key: ChunkKey) -> KVChunk:
-        return decode(data, key=key, allow_partial=partial, profile=profile)
-
-    for fetched in fetch_chunks(store, keys, load, quality=quality):
-        if fetched.chunk is None:
-            raise StoreError("chunk", got="a miss", expected=keys[fetched.index].name)
-        chunks.append(fetched.chunk)
-        network_s += fetched.network_s
-        decode_s += fetched.decode_s
+    prefix = _Prefix(model, token_ids)
+    report = fetcher.request(
+        loading.keys,
+        policy=loading.policy,
+        deadline_s=loading.deadline_s,
+        quality=loading.quality,
+        deliver=prefix.deliver,
+        recompute=prefix.recompute if loading.recomputes else None,
+    ).wait()
+    assert report is not None
     loaded_s = time.perf_counter() - begin
-    prefix = KVChunk.concat(chunks)
-    rest = token_ids[prefix.tokens :]
-    ttft_s, e2e_s = _generate(model, inject(model, prefix), rest, output_tokens, begin)
-    return Timing(network_s, decode_s, loaded_s, ttft_s, e2e_s, output_tokens), prefix
+    if loading.slo_s is None and report.prefix_chunks < len(report.chunks):
+        item = report.chunks[report.prefix_chunks]
+        raise StoreError("chunk", got=f"{item.reason}: {item.error}", expected=item.key.name)
+    ttft_s, e2e_s = _generate(
+        model, prefix.cache(), token_ids[prefix.tokens :], output_tokens, begin
+    )
+    network_s = max((item.arrived_s for item in report.chunks), default=0.0)
+    decode_s = sum(item.decode_s for item in report.chunks)
+    return Timing(network_s, decode_s, loaded_s, ttft_s, e2e_s, output_tokens), report
+
+
+class _Prefix:
+    """The prefix as it comes: chunks in order, decoded or prefilled after those before them."""
+
+    def __init__(self, model: Any, token_ids: Sequence[int]) -> None:
+        self._model = model
+        self._token_ids = token_ids
+        self._chunks: list[KVChunk] = []
+
+    @property
+    def tokens(self) -> int:
+        return sum(chunk.tokens for chunk in self._chunks)
+
+    def deliver(self, item: FetchedChunk) -> None:
+        assert item.chunk is not None
+        self._add(item.chunk)
+
+    def _add(self, chunk: KVChunk) -> None:
+        # What is injected together has one type: loaded KV has 16 bits, the model's may have more.
+        if self._chunks:
+            chunk = chunk.astype(self._chunks[0].geometry.dtype)
+        self._chunks.append(chunk)
+
+    @torch.no_grad()
+    def recompute(self, item: FetchedChunk) -> KVChunk:
+        begin, end = self.tokens, self.tokens + item.tokens
+        ids = torch.tensor([list(self._token_ids[begin:end])], device=self._model.device)
+        cache = self.cache()
+        output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        whole = chunk_of(self._model, output.past_key_values)
+        chunk = replace(whole.slice_tokens(begin, end), first_position=begin)
+        self._add(chunk)
+        return chunk
+
+    def cache(self) -> Any:
+        return inject(self._model, self._chunks) if self._chunks else None
 
 
 @torch.no_grad()

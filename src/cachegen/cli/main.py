@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import Progress
 
-from cachegen.cli import bench, config, doctor, evaluate, explain, profiles, simulate, store
+from cachegen.cli import (
+    bench,
+    config,
+    demo,
+    doctor,
+    evaluate,
+    explain,
+    profiles,
+    simulate,
+    store,
+)
 from cachegen.cli.common import JsonOption, ModelArgument, OutOption, console, errors, model_folder
 from cachegen.errors import CacheGenError, InputError
 
@@ -56,41 +65,6 @@ def _write_json(path: Path | None, **content: object) -> None:
 
 def _status(text: str) -> Any:
     return errors.status(text)
-
-
-@cli.command()
-def demo(
-    model: Annotated[
-        str, typer.Option(help="Folder of a model with tokenizer, texts and retrieval.json.")
-    ] = "models/reference",
-    bandwidth: Annotated[str, typer.Option(help="Of the store, such as 100Mbps.")] = "100Mbps",
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="Prompt of at least 1,000 tokens; default: the model's.")
-    ] = None,
-    json_file: JsonOption = None,
-    plot: Annotated[Path | None, typer.Option(metavar="F.png", help="Draw a chart.")] = None,
-) -> None:
-    """Capture, encode, stream back, decode, inject and generate: every mode in one table."""
-    from cachegen.bench.report import plot_demo, print_demo, write_json
-    from cachegen.store.limit import parse_bandwidth
-
-    rate = parse_bandwidth(bandwidth)
-    with _status("loading libraries"):
-        from cachegen.bench.demo import STEPS, run_demo
-    with Progress(console=errors, transient=True) as bar:
-        task = bar.add_task("starting", total=STEPS)
-        result = run_demo(
-            model_folder(model),
-            rate_bytes_per_s=rate,
-            prompt_file=prompt_file,
-            progress=lambda text: bar.update(task, description=text, advance=1),
-        )
-    print_demo(result, console)
-    if json_file:
-        write_json(json_file, result)
-    if plot:
-        plot_demo(result, plot)
-        console.print(f"chart: {plot}")
 
 
 @cli.command()
@@ -246,6 +220,7 @@ def version() -> None:
     console.print(json.dumps(content))
 
 
+demo.register(cli)
 profiles.register(cli)
 store.register(cli)
 config.register(cli)

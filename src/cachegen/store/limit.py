@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 from cachegen.errors import ConfigError
 from cachegen.store.base import (
@@ -27,6 +28,10 @@ _SLICE_S = 0.01
 _WINDOW_S = 0.05
 
 
+# Seconds since the begin of a link -> its rate in bytes/s, and until when that holds.
+Schedule: TypeAlias = Callable[[float], tuple[float, float]]
+
+
 class RateLimitedStore:
     """Passes calls on to another store and lets reads take the time of a slow link.
 
@@ -38,6 +43,8 @@ class RateLimitedStore:
     burst_bytes: what an idle link delivers at once before the rate binds.
     latency_s: time before the first byte of a call; calls at the same time wait in parallel.
     limit_writes: True to let writes share the link as well.
+    schedule: a link that varies: given the seconds since it was built or restarted, returns the
+        rate in bytes/s and until when it holds; rate_bytes_per_s is then only a typical value.
     Raises: ConfigError unless the rate is positive and the others are not negative.
     """
 
@@ -49,6 +56,7 @@ class RateLimitedStore:
         burst_bytes: int = 64 * 1024,
         latency_s: float = 0.0,
         limit_writes: bool = False,
+        schedule: Schedule | None = None,
     ) -> None:
         if not (math.isfinite(rate_bytes_per_s) and rate_bytes_per_s > 0):
             raise ConfigError("rate in bytes/s", got=rate_bytes_per_s, expected="above 0")
@@ -61,8 +69,15 @@ class RateLimitedStore:
         self.burst_bytes = burst_bytes
         self.latency_s = latency_s
         self.limit_writes = limit_writes
-        self._link = _Link(self.rate_bytes_per_s, burst_s=burst_bytes / self.rate_bytes_per_s)
+        self._link = _Link(
+            schedule or (lambda time_s: (self.rate_bytes_per_s, math.inf)),
+            burst_s=burst_bytes / self.rate_bytes_per_s,
+        )
         self._slice_bytes = max(1, round(self.rate_bytes_per_s * _SLICE_S))
+
+    def restart(self) -> None:
+        """Begin the schedule anew, on an idle link."""
+        self._link.restart()
 
     def put(self, name: str, data: BytesLike) -> None:
         """Store data, after the time of the link if writes are limited. Raises: as inner."""
@@ -154,11 +169,17 @@ class _Link:
     before, not from now, so a late caller catches up and the long-run rate holds.
     """
 
-    def __init__(self, rate_bytes_per_s: float, *, burst_s: float) -> None:
-        self._rate = rate_bytes_per_s
+    def __init__(self, schedule: Schedule, *, burst_s: float) -> None:
+        self._schedule = schedule
         self._burst_s = burst_s
         self._lock = threading.Lock()
-        self._free_at = -math.inf
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the past: the link is idle, and its time begins now."""
+        with self._lock:
+            self._free_at = -math.inf
+            self._began = time.monotonic()
 
     def reserve(self, size_bytes: int, slack_s: float | None) -> float:
         """Take the link for size_bytes.
@@ -171,8 +192,18 @@ class _Link:
         slack_s = self._burst_s if slack_s is None else max(slack_s, self._burst_s)
         with self._lock:
             self._free_at = max(self._free_at, time.monotonic() - slack_s)
-            self._free_at += size_bytes / self._rate
+            self._free_at = self._carry(self._free_at, float(size_bytes))
             return self._free_at
+
+    def _carry(self, begin: float, size_bytes: float) -> float:
+        """Return when so many bytes are through that the link begins with at a time."""
+        while True:
+            rate, until_s = self._schedule(max(0.0, begin - self._began))
+            until = self._began + until_s
+            if rate > 0 and size_bytes <= rate * (until - begin):
+                return begin + size_bytes / rate
+            size_bytes -= rate * (until - begin)
+            begin = until
 
 
 def _sleep_until(due: float) -> None:

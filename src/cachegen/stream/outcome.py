@@ -32,6 +32,7 @@ class Reason(enum.StrEnum):
     NO_PROFILE = "no_profile"  # the profile that it names is not at hand
     STORE_ERROR = "store_error"
     STORE_TIMEOUT = "store_timeout"
+    DECODE_ERROR = "decode_error"  # the decoder raised something that it should not
     CALLBACK_ERROR = "callback_error"  # what the caller passed raised
     FENCED = "fenced"  # the caller's fence said no
     CANCELLED = "cancelled"
@@ -64,7 +65,8 @@ class FetchedChunk:
     read_bytes: length of the whole passes read. object_bytes: length of the object, 0 if unknown.
     distortion: what these passes leave by the object's own table, relative to the spread of the
         values; 0.0 for codecs of one quality; None if the chunk did not come.
-    network_s: from its first read to its last byte. decode_s: decoding, or recomputing.
+    network_s: from its first read to its last byte. arrived_s: when that came, counted from the
+        begin of the request. decode_s: decoding, or recomputing.
     profile: digest of the profile that the object needs, if any. begin_token, tokens: where the
         chunk is in its context. decoded_bytes: size of its KV. All 0 while that is unknown.
     error: what went wrong, if something did.
@@ -80,6 +82,7 @@ class FetchedChunk:
     object_bytes: int = 0
     distortion: float | None = None
     network_s: float = 0.0
+    arrived_s: float = 0.0
     decode_s: float = 0.0
     profile: bytes | None = None
     begin_token: int = 0

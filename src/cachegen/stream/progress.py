@@ -30,7 +30,8 @@ class ChunkProgress:
     versions: the objects that may serve it. choices: those of them that the store has, coarsest
     first, one for each step of a curve of separate objects.
     is_chosen: the policy has asked for some of it.
-    began_s, arrived_s: when its first read was sent and its last bytes came.
+    request_s, began_s, arrived_s: when the request began, its first read was sent, and its last
+        bytes came.
     error: why no more of it was read, although what there was is used.
     """
 
@@ -41,6 +42,7 @@ class ChunkProgress:
     is_chosen: bool = False
     choices: tuple[int, ...] = ()
     curve: ChunkCurve | None = None
+    request_s: float = 0.0
     began_s: float = math.inf
     arrived_s: float = 0.0
     item: FetchedChunk | None = None
@@ -107,6 +109,7 @@ class ChunkProgress:
             object_bytes=header.object_bytes if header else 0,
             distortion=level.distortion if level else None,
             network_s=max(0.0, self.arrived_s - self.began_s),
+            arrived_s=max(0.0, self.arrived_s - self.request_s),
             profile=header.profile if header else None,
             begin_token=self.curve.begin_token if self.curve else 0,
             tokens=self.curve.tokens if self.curve else 0,
@@ -125,16 +128,11 @@ class ChunkProgress:
             return ChunkState(replace(curve, steps=()))
         if self.stage is Stage.RECOMPUTING:
             return ChunkState(curve)
-        if self.item is not None and self.item.reason is Reason.RECOMPUTED:
-            return ChunkState(curve, recomputed=True)
-        is_taken = self.is_chosen or self.stage is not Stage.LOADING
-        have = self.object.have_bytes if is_taken else 0
-        if curve.separate:
-            level = self.choices.index(self.version) if is_taken else None
-            return ChunkState(curve, have, have, level=level)
         if self.stage is not Stage.LOADING:
-            # Nothing more is read of it: what it has is all there is.
-            steps = tuple(step for step in curve.steps if step.end_bytes <= have)
-            curve = replace(curve, steps=steps)
-            have = steps[-1].end_bytes if steps else 0
+            # Nothing can be done about it any more, as about one that was recomputed.
+            return ChunkState(curve, recomputed=True)
+        have = self.object.have_bytes if self.is_chosen else 0
+        if curve.separate:
+            level = self.choices.index(self.version) if self.is_chosen else None
+            return ChunkState(curve, have, have, level=level)
         return ChunkState(curve, have, have)

@@ -191,22 +191,22 @@ class Reading(ABC):
             chunk.is_chosen = True
             if order.is_under_way:
                 self._orders.append(order)
-            if not is_new:
-                self._asleep_until_s = math.inf
-            return is_new
+            return is_new or self._sleep(math.inf, now_s)
         if isinstance(action, Recompute):
             chunk = self.chunks[action.chunk]
             is_new = chunk.stage in (Stage.LOADING, Stage.LOST)
             if is_new:
                 chunk.stage = Stage.RECOMPUTING
                 self._recompute_began_s = now_s
-            else:
-                self._asleep_until_s = math.inf
-            return is_new
+            return is_new or self._sleep(math.inf, now_s)
         if isinstance(action, HandOver):
             self._stop_loading(now_s)
             return False
-        self._asleep_until_s = action.until_s if action.until_s > now_s else math.inf
+        return self._sleep(action.until_s, now_s)
+
+    def _sleep(self, until_s: float, now_s: float) -> bool:
+        """Do not ask again before something has ended, or that time. Returns: False."""
+        self._asleep_until_s = until_s if until_s > now_s else math.inf
         if self._asleep_until_s >= self.plan_deadline_s and not self._is_busy:
             self._stop_loading(now_s)  # nothing will ever change
         return False

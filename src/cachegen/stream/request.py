@@ -16,9 +16,11 @@ from cachegen.stream.plan import Policy
 from cachegen.stream.progress import ChunkProgress, Stage
 from cachegen.stream.reading import Keys, Reading
 
-# Decoding begins early enough for this much more time than it is expected to take.
+# Decoding begins early enough for this much more time than it is expected to take, and for threads
+# that a busy machine wakes late: a share of the time that there is, within bounds.
 DECODE_MARGIN = 1.3
-DECODE_SLACK_S = 0.004
+SLACK_SHARE = 0.04
+MIN_SLACK_S, MAX_SLACK_S = 0.004, 0.05
 
 DecodeCost = Callable[[int], float]
 
@@ -58,7 +60,11 @@ class RequestState(Reading):
     ) -> None:
         super().__init__(keys, policy, quality=quality, can_recompute=can_recompute)
         self.began_s = now_s
+        for chunk in self.chunks:
+            chunk.request_s = chunk.arrived_s = now_s
         self.deadline_s = deadline_s
+        share_s = SLACK_SHARE * (deadline_s - now_s)
+        self._slack_s = min(MAX_SLACK_S, max(MIN_SLACK_S, share_s))
         self.served_turn = -1
         self.ended_s = now_s
         # In order of their tokens: how the chunks came out, as far as that is decided.
@@ -88,11 +94,11 @@ class RequestState(Reading):
         """When the last byte has to be here: the last decoding hides behind no transfer."""
         undone = (Stage.LOADING, Stage.READY, Stage.DECODING)
         costs = [self._decode_s(chunk) for chunk in self.chunks if chunk.stage in undone]
-        return self.deadline_s - max(costs, default=0.0) - DECODE_SLACK_S
+        return self.deadline_s - max(costs, default=0.0) - self._slack_s
 
     def _decode_starts(self) -> list[tuple[float, ChunkProgress]]:
         """Return for each chunk that loads when its decoding has to begin at the latest."""
-        left_s, starts = DECODE_SLACK_S, []
+        left_s, starts = self._slack_s, []
         for chunk in reversed(self.chunks):
             if chunk.stage in (Stage.LOADING, Stage.READY, Stage.DECODING):
                 left_s += self._decode_s(chunk)
@@ -192,7 +198,7 @@ class RequestState(Reading):
                 return  # too late: nobody waits for it any more
             state.object.drop()
             if error is not None:
-                self._lose(state, reason_of(error, Reason.DAMAGED), error, now_s)
+                self._lose(state, reason_of(error, Reason.DECODE_ERROR), error, now_s)
             else:
                 state.item = replace(task.item, chunk=chunk, data=b"", decode_s=seconds)
                 state.stage = Stage.DECODED
