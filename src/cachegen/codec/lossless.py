@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from cachegen import native
 from cachegen.chunk import KVChunk
-from cachegen.codec.base import Codec, check_one_plane_per_group, empty_chunk, planes_of
+from cachegen.codec.base import Codec, check_one_plane_per_group, planes_of
 from cachegen.codec.container import BYTES, SIDE, write_object
 from cachegen.codec.entropy import normalize_counts, pack, unpack
 from cachegen.codec.header import SegmentBody
 from cachegen.codec.reader import ObjectReader
+from cachegen.codec.target import Target
 from cachegen.errors import CorruptError
 from cachegen.profile import Profile
 from cachegen.types import Array, ChunkKey, KVDtype
@@ -64,24 +65,25 @@ class LosslessCodec(Codec):
         )
 
     @classmethod
-    def decode_object(cls, reader: ObjectReader, *, profile: Profile | None) -> KVChunk:
+    def decode_into(cls, reader: ObjectReader, target: Target, *, profile: Profile | None) -> None:
         header = reader.header
         check_one_plane_per_group(header)
         if header.params or header.passes != 1:
             raise CorruptError(
                 "lossless parameters", got=(header.params, header.passes), expected="none"
             )
-        chunk = empty_chunk(header)
-        for group, plane in enumerate(planes_of(chunk)):
+        for group in range(len(header.groups)):
             segment, body = reader.segment(group, 0)
             side = reader.side(group, 0)
-            if segment.kind != BYTES or (not len(side) and len(body) != plane.nbytes):
-                raise CorruptError("lossless segment", got=f"{len(body)} bytes", expected="bytes")
-            if len(side):
-                _decode_plane(side, body, plane, header.geometry.dtype)
-            else:
-                plane[:] = np.frombuffer(body, plane.dtype).reshape(plane.shape)
-        return chunk
+            with target.writing(group // 2, is_value=group % 2 == 1) as plane:
+                if segment.kind != BYTES or (not len(side) and len(body) != plane.nbytes):
+                    raise CorruptError(
+                        "lossless segment", got=f"{len(body)} bytes", expected=plane.nbytes
+                    )
+                if len(side):
+                    _decode_plane(side, body, plane, header.geometry.dtype)
+                else:
+                    plane[:] = np.frombuffer(body, plane.dtype).reshape(plane.shape)
 
 
 def _encode_plane(group: int, plane: Array, dtype: KVDtype) -> list[SegmentBody]:
