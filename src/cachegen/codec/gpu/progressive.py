@@ -81,7 +81,7 @@ def _plan_group(
         planes.append(plane)
         channels += heads * header.geometry.plane_dim(is_value=is_value)
     data = item.reader.side(index, 0)
-    side = GroupSide.from_bytes(data, tokens, channels, header.geometry.dtype, held is None)
+    side = GroupSide.from_bytes(data, tokens, channels, header.geometry.dtype, plain=held is None)
     classes, present = side.classes, item.reader.passes_of(index)
     row = np.zeros(1, plan.GROUP)
     upload = batch.job.upload
