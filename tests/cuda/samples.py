@@ -152,9 +152,7 @@ def profiled(*, dim: int = 16, turned: bool = True) -> tuple[Sample, Profile]:
 
 def empty_like(chunk: KVChunk) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return arrays to decode a chunk into, of a content that no decoder leaves."""
-    return [
-        (np.full_like(layer.keys, 7), np.full_like(layer.values, 7)) for layer in chunk.layers
-    ]
+    return [(np.full_like(layer.keys, 7), np.full_like(layer.values, 7)) for layer in chunk.layers]
 
 
 def assert_close(got: np.ndarray, expected: np.ndarray, *, exact: bool) -> None:

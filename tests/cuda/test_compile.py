@@ -43,15 +43,11 @@ def test_every_kernel_compiles(target: str, tmp_path: Path) -> None:
 
 def test_kernels_and_python_agree_on_structs() -> None:
     text = source.joined_source()
-    sizes = {
-        name: int(size) for name, size in re.findall(r"sizeof\((\w+)\) == (\d+)\)", text)
-    }
+    sizes = {name: int(size) for name, size in re.findall(r"sizeof\((\w+)\) == (\d+)\)", text)}
     for name, dtype in plan.SIZES.items():
         assert sizes[name] == dtype.itemsize, name
     kernels = re.findall(r"CACHEGEN_KERNEL\((\w+)\)", text)
-    assert [name for name in kernels if name != "name"] == sorted(
-        source.KERNELS, key=kernels.index
-    )
+    assert [name for name in kernels if name != "name"] == sorted(source.KERNELS, key=kernels.index)
 
 
 def test_the_emulation_knows_every_kernel() -> None:

@@ -64,9 +64,9 @@ def demo(
 ) -> None:
     """Capture, encode, stream back, decode, inject and generate: every mode in one table."""
     from cachegen.bench.report import plot_demo, print_demo, write_json
-    from cachegen.units import parse_bandwidth, parse_seconds
     from cachegen.store.open import open_store
     from cachegen.stream.policies import get_policy
+    from cachegen.units import parse_bandwidth, parse_seconds
 
     get_policy(policy)
     bandwidth = bandwidth or ("none" if store or trace else DEFAULT_BANDWIDTH)
@@ -106,8 +106,8 @@ def read_trace(text: str) -> Trace:
     Every rate holds for the time behind its colon; the last one may do without.
     Raises: ConfigError, FileNotFoundError if it is neither.
     """
-    from cachegen.units import parse_bandwidth, parse_seconds
     from cachegen.stream.traces import Trace, parse_trace
+    from cachegen.units import parse_bandwidth, parse_seconds
 
     path = Path(text)
     if path.is_file():

@@ -304,10 +304,12 @@ def _decode_pass(
 
 
 def profile_freqs(profile: Profile | None, group: int, index: int) -> Freqs | None:
+    """Return a profile's frequencies of one pass of a plane, (C, A), if it has them."""
     return profile.arrays.get(f"cachegen.{group}.{index}") if profile else None
 
 
 def matching_profile(profile: Profile | None, digest: bytes | None) -> Profile:
+    """Return the profile that an object names. Raises: CorruptError, ProfileError."""
     if digest is None:
         raise CorruptError("profile digest", got="none", expected="a digest for profile tables")
     return require_profile(profile, digest)
@@ -318,6 +320,7 @@ def _pack_params(mode: TableMode, delta: str, bins: tuple[int, ...]) -> bytes:
 
 
 def unpack_params(params: bytes, layers: int) -> tuple[TableMode, int, tuple[int, ...]]:
+    """Return tables, length of anchor groups, bins of every plane. Raises: CorruptError."""
     bins = tuple(params[_PARAMS.size :])
     if len(params) < _PARAMS.size or len(bins) != 2 * layers or any(params[2:4]):
         raise CorruptError(

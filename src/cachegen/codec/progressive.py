@@ -271,6 +271,7 @@ def _refuse_non_finite(chunk: KVChunk, group: Group) -> None:
 
 
 def unpack_params(header: Header) -> tuple[float, float]:
+    """Return the finest step and the weight of V. Raises: CorruptError."""
     if len(header.params) != _PARAMS.size:
         raise CorruptError(
             "progressive parameters", got=len(header.params), expected=f"{_PARAMS.size} bytes"

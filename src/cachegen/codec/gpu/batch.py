@@ -96,7 +96,13 @@ class Batch:
         return first
 
     def plane(
-        self, item: Item, layer: int, *, is_value: bool, divisor: float = 1.0, first_channel: int = 0
+        self,
+        item: Item,
+        layer: int,
+        *,
+        is_value: bool,
+        divisor: float = 1.0,
+        first_channel: int = 0,
     ) -> NDArray[Any]:
         """Describe one plane of an object: where it goes, and its RoPE if it has to be redone."""
         header = item.header
@@ -136,9 +142,7 @@ class Batch:
             self._slots.append(entry)
         return self._rows[key]
 
-    def _angles_of(
-        self, item: Item, rope: RopeSpec, kind: int, begin: int, end: int
-    ) -> np.uint64:
+    def _angles_of(self, item: Item, rope: RopeSpec, kind: int, begin: int, end: int) -> np.uint64:
         position = item.header.first_position + begin
         frequencies, scale = rope.frequencies[kind], rope.attention_scale[kind]
         key = (position, end - begin, frequencies, scale)
@@ -156,7 +160,9 @@ class Batch:
             self._ropes.append(entry)
         return self._angles[key]
 
-    def add_models(self, freqs: Array | memoryview, count: int, alphabet: int, error: int) -> tuple[np.uint64, int]:
+    def add_models(
+        self, freqs: Array | memoryview, count: int, alphabet: int, error: int
+    ) -> tuple[np.uint64, int]:
         """Have alias tables built for frequencies that come with an object or a profile.
 
         freqs: (count, alphabet) uint16. Returns: their address and the buckets of a table.

@@ -88,9 +88,7 @@ class DeviceBasis:
     memory: Memory
 
 
-def device_basis(
-    device: Device, profile: Profile, geometry: Geometry, stream: Any
-) -> DeviceBasis:
+def device_basis(device: Device, profile: Profile, geometry: Geometry, stream: Any) -> DeviceBasis:
     """Return a profile's bases on a device; the first call for a profile uploads them.
 
     Raises: ProfileError if they do not fit.
@@ -123,9 +121,7 @@ def _upload_basis(device: Device, basis: ModelBasis, stream: Any) -> DeviceBasis
             plan.absolute(int(a ^ plan.UPLOAD) + memory.address) if a else a for a in addresses
         )
 
-    return DeviceBasis(
-        basis, place(matrices), place(rests), tuple(scales), place(means), memory
-    )
+    return DeviceBasis(basis, place(matrices), place(rests), tuple(scales), place(means), memory)
 
 
 def split_halves(basis: Floats) -> tuple[NDArray[np.float16], NDArray[np.float16], float]:

@@ -67,13 +67,16 @@ class Prepared:
         self.device = device
         self.stream = stream
         self._objects = objects
-        self._options = {"allow_partial": allow_partial, "max_decoded_bytes": max_decoded_bytes}
+        self._allow_partial = allow_partial
+        self._max_decoded_bytes = max_decoded_bytes
         self._profile = profile
         self._out = out
         self.fallbacks = 0
         tables = frozen_tables(device, stream)
         readers = [
-            ObjectReader(data, key=key, **self._options)
+            ObjectReader(
+                data, key=key, allow_partial=allow_partial, max_decoded_bytes=max_decoded_bytes
+            )
             for data, key in zip(objects, keys, strict=True)
         ]
         mapping = _Mapping(slot_mapping, [reader.header.tokens for reader in readers])
@@ -138,7 +141,9 @@ class Prepared:
         if not flags.any():
             return
         if (flags & plan.BAD_SLOT).any():
-            raise GeometryError("slot mapping", got="a slot beyond it", expected="slots of the cache")
+            raise GeometryError(
+                "slot mapping", got="a slot beyond it", expected="slots of the cache"
+            )
         for data, item in zip(self._objects, self._items, strict=True):
             found = flags[item.errors]
             if found.any():
@@ -148,7 +153,12 @@ class Prepared:
     def _on_cpu(self, data: Buffer) -> Any:
         from cachegen.codec.registry import decode
 
-        return decode(data, profile=self._profile, **self._options)
+        return decode(
+            data,
+            profile=self._profile,
+            allow_partial=self._allow_partial,
+            max_decoded_bytes=self._max_decoded_bytes,
+        )
 
 
 class _Mapping:
@@ -215,5 +225,3 @@ def _plan(batch: Batch, item: Item, profile: Profile | None) -> None:
         plan_raw(batch, item)
     else:
         raise UnsoundError("codec")
-
-

@@ -75,9 +75,7 @@ def _plan_group(
     planes, channels = [], 0
     for layer, is_value in planes_of_group(group):
         divisor = value_weight if is_value else 1.0
-        plane = batch.plane(
-            item, layer, is_value=is_value, divisor=divisor, first_channel=channels
-        )
+        plane = batch.plane(item, layer, is_value=is_value, divisor=divisor, first_channel=channels)
         planes.append(plane)
         channels += heads * header.geometry.plane_dim(is_value=is_value)
     data = item.reader.side(index, 0)
@@ -138,7 +136,7 @@ def _plan_group(
 
 
 def _can_fuse(item: Item, index: int, planes: list[NDArray[Any]], group: _Pending) -> bool:
-    """Whether both halves of every head that RoPE turns are decoded by one warp, in whole eights."""
+    """Whether one warp decodes both halves of every head that RoPE turns, in whole eights."""
     turned = [plane for plane in planes if plane["rope"][0]]
     if not turned:
         return True
@@ -160,7 +158,7 @@ def _can_fuse(item: Item, index: int, planes: list[NDArray[Any]], group: _Pendin
 
 
 def _tiles(number: int, tokens: int, planes: list[NDArray[Any]], first: int) -> NDArray[Any]:
-    """Cut tokens x channels into tiles of whole heads. Raises: UnsoundError for heads beyond 128."""
+    """Cut tokens x channels into tiles of whole heads. Raises: UnsoundError beyond 128 channels."""
     parts = []
     for offset, plane in enumerate(planes):
         dim, width = int(plane["dim"][0]), int(plane["heads"][0]) * int(plane["dim"][0])
@@ -190,23 +188,23 @@ def _share_streams(
     """
     by_group: dict[int, list[tuple[NDArray[Any], int]]] = {}
     if bodies:
-        fields = np.array(bodies, np.int64).T
-        owners = fields[5]
+        fields = np.array(bodies, np.int64)
+        owners = fields[:, 5]
         first_of = np.r_[True, owners[1:] != owners[:-1]]
         # Bodies come group by group in order of passes, and only pass 0 has escapes.
         kinds = {one.index: one.kinds for one in pending}
         may_escape = first_of & np.array([kinds[int(owner)][0] == RANS for owner in owners])
-        streams, counts, spacing = rans_streams(item.words, item.base, *fields, may_escape)
+        streams, counts, spacings = rans_streams(item.words, item.base, fields, may_escape)
         ends = np.cumsum(counts)
         for body, owner in enumerate(owners.tolist()):
             part = streams[ends[body] - counts[body] : ends[body]]
-            by_group.setdefault(owner, []).append((part, int(spacing[body])))
+            by_group.setdefault(owner, []).append((part, int(spacings[body])))
     for one in pending:
         coded = by_group.get(one.index, [])
-        spacings = {spacing for _, spacing in coded}
-        require(len(spacings) <= 1, "restart points of passes")
+        found = {steps for _, steps in coded}
+        require(len(found) <= 1, "restart points of passes")
         shape = int(one.row["tokens"][0]), int(one.row["channels"][0])
-        spacing = spacings.pop() if spacings else PLAIN_STEPS
+        spacing = found.pop() if found else PLAIN_STEPS
         parts = iter(coded)
         lists = batch.group_streams.setdefault(one.present, [[] for _ in range(one.present)])
         for index, kind in enumerate(one.kinds):

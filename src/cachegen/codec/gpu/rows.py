@@ -35,9 +35,9 @@ class _Coded:
     def streams(self, item: Item) -> list[NDArray[Any]]:
         if not self.rows:
             return []
-        fields = np.array(self.rows, np.int64).T
+        bodies = np.array(self.rows, np.int64)
         may_escape = np.zeros(len(self.rows), bool)
-        return [rans_streams(item.words, item.base, *fields, may_escape)[0]]
+        return [rans_streams(item.words, item.base, bodies, may_escape)[0]]
 
 
 def _matrix(
@@ -137,9 +137,7 @@ def _require_packed(sound: bool, body: memoryview, bits: int, shape: tuple[int, 
         require(not np.any(last >> (count % 8)), "packed segment")
 
 
-def _use_parametric(
-    batch: Batch, matrix: NDArray[Any], tables: memoryview, channels: int
-) -> None:
+def _use_parametric(batch: Batch, matrix: NDArray[Any], tables: memoryview, channels: int) -> None:
     models = ParametricModels.from_bytes(tables, channels)
     matrix["tables"], matrix["buckets"] = batch.tables.parametric, 32
     matrix["classes"] = batch.job.upload.add(models.classes)

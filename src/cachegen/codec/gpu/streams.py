@@ -30,22 +30,18 @@ def require(sound: bool | np.bool_, what: str) -> None:
 def rans_streams(
     words: NDArray[np.uint32],
     address: np.uint64,
-    begin: Ints,
-    length: Ints,
-    tokens: Ints,
-    channels: Ints,
-    shift: Ints,
-    owner: Ints,
+    bodies: NDArray[np.int64],
     may_escape: NDArray[np.bool_],
 ) -> tuple[NDArray[Any], Ints, Ints]:
     """Parse the directories of S rANS bodies of one object.
 
-    words: the object as 32-bit words. address: of its first byte. begin, length: bytes of every
-    body; tokens, channels, shift: its shape. owner: index for the streams. may_escape: whether its
-    models have escapes.
+    words: the object as 32-bit words. address: of its first byte. bodies: (S, 6), for each body its
+    first byte, its length in bytes, tokens, channels, digit shift, and the owner of its streams.
+    may_escape: (S,) whether its models have escapes.
     Returns: the streams (STREAM) of all bodies in order, how many each has, their steps R.
     Raises: UnsoundError.
     """
+    begin, length, tokens, channels, shift, owner = bodies.T
     places = -(-tokens // LANES)
     steps = places * channels
     require(bool((steps > 0).all() and (length >= 4).all()), "rANS body")

@@ -1,7 +1,8 @@
 """Where decoded K and V go: the addresses and strides of a cache in device memory.
 
 Paged caches are blocks (B, N, H, D): B blocks of N slots, any strides but 1 for the last axis, so
-that a cache laid out as (B, H, N, D) is passed transposed. A token goes to slot ``block * N + place``.
+that a cache laid out as (B, H, N, D) is passed transposed. A token goes to slot
+``block * N + place``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,15 @@ import numpy as np
 
 from cachegen.errors import DtypeError, GeometryError
 from cachegen.types import Geometry, KVDtype
+
+
+def is_on_gpu(out: Any) -> bool:
+    """Return whether a cache to decode into lies in the memory of a CUDA device."""
+    while isinstance(out, (list, tuple)) and out:
+        out = out[0]
+    if hasattr(out, "data_ptr"):
+        return str(getattr(out, "device", "cpu")).startswith("cuda")
+    return hasattr(out, "__cuda_array_interface__")
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,9 @@ class Tensor:
 
             view = StridedMemoryView.from_any_interface(tensor, stream_ptr=-1)
             strides = tuple(view.strides or _contiguous(view.shape))
-            return cls(view.ptr, tuple(view.shape), strides, _kind(view.dtype), view.device_id, view)
+            return cls(
+                view.ptr, tuple(view.shape), strides, _kind(view.dtype), view.device_id, view
+            )
         raise GeometryError(
             "cache to decode into",
             got=type(tensor).__name__,
@@ -169,5 +181,7 @@ def _place(tensor: Tensor, geometry: Geometry, what: str, *, is_value: bool, pag
         raise DtypeError(what, got=got, expected=geometry.dtype.label, remedy=remedy)
     if paged:
         blocks, size = shape[:2]
-        return Place(tensor.address, blocks * size, max(size, 1), strides[0], strides[1], strides[2])
+        return Place(
+            tensor.address, blocks * size, max(size, 1), strides[0], strides[1], strides[2]
+        )
     return Place(tensor.address, shape[0], 1, strides[0], 0, strides[1])

@@ -1,1 +1,1 @@
-"""The CUDA kernels of ``csrc/cuda``: their plans, compilation, devices, and emulation on the host."""
+"""The CUDA kernels of ``csrc/cuda``: plans, compilation, devices, host emulation."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return the folder of compiled kernels: ``CACHEGEN_KERNEL_CACHE``, else in the user's cache."""
+    """Return the folder of compiled kernels: ``CACHEGEN_KERNEL_CACHE`` or in the user's cache."""
     chosen = os.environ.get("CACHEGEN_KERNEL_CACHE")
     if chosen:
         return Path(chosen)

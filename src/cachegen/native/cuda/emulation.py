@@ -20,7 +20,15 @@ from cachegen.errors import ConfigError
 from cachegen.native.cuda import cache, source
 from cachegen.native.cuda.device import THREADS
 
-_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-DCACHEGEN_EMULATION")
+_FLAGS = (
+    "-std=c++20",
+    "-O2",
+    "-fPIC",
+    "-shared",
+    "-ffp-contract=off",
+    "-U_FORTIFY_SOURCE",
+    "-DCACHEGEN_EMULATION",
+)
 
 
 def compiler() -> str | None:
@@ -39,13 +47,17 @@ def library(*, sanitize: bool = False) -> ctypes.CDLL:
         raise ConfigError("C++ compiler", got="none", expected="c++ or CXX")
     flags = (*_FLAGS, *(("-fsanitize=address", "-g") if sanitize else ()))
     folder = source.source_folder() / "cuda"
-    extra = [(folder / name).read_text(encoding="utf-8") for name in ("emulation.cpp", "emulation.h")]
+    extra = [
+        (folder / name).read_text(encoding="utf-8") for name in ("emulation.cpp", "emulation.h")
+    ]
 
     def make(path: Path) -> None:
         command = [found, *flags, str(folder / "emulation.cpp"), "-o", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ConfigError("emulation of the kernels", got=done.stderr[-2000:], expected="a build")
+            raise ConfigError(
+                "emulation of the kernels", got=done.stderr[-2000:], expected="a build"
+            )
 
     loaded = ctypes.CDLL(str(cache.cached(f"{source.digest(found, *flags, *extra)}.so", make)))
     loaded.cachegen_emulate.argtypes = [

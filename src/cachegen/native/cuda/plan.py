@@ -46,7 +46,10 @@ PASS = np.dtype([("body", U64), ("kind", U32), ("first_stream", U32)])
 MAX_PASSES = 6
 GROUP = np.dtype(
     [
-        *((name, U64) for name in ("classes", "constants", "means", "coefficients", "basis", "basis_low")),
+        *(
+            (name, U64)
+            for name in ("classes", "constants", "means", "coefficients", "basis", "basis_low")
+        ),
         *((name, U64) for name in ("exempt_tokens", "exempt_rows")),
         ("passes", PASS, (MAX_PASSES,)),
         *((name, U32) for name in ("tokens", "channels", "places", "total_passes")),
@@ -191,7 +194,9 @@ class Plan:
         self._launches.append((kernel, grid, shared_bytes))
         self._records.append(record.copy())
 
-    def finish(self, upload: int, work: int) -> tuple[NDArray[np.uint8], list[tuple[str, int, int, int]]]:
+    def finish(
+        self, upload: int, work: int
+    ) -> tuple[NDArray[np.uint8], list[tuple[str, int, int, int]]]:
         """Return the bytes to upload and the launches (kernel, grid, shared bytes, argument).
 
         upload, work: device addresses of buffers of ``upload_bytes`` and ``work.size_bytes``.
