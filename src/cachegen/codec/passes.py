@@ -43,7 +43,13 @@ _OFFSETS = range(-12, 13)
 def coarse_tables() -> native.Tables:
     """Return the frozen tables of pass 0, row family * 88 + row."""
     freqs = coarse_freqs().reshape(-1, 32)
-    return native.Tables(freqs, _escapes(freqs))
+    return native.Tables(freqs, coarse_escapes())
+
+
+@functools.cache
+def coarse_escapes() -> NDArray[np.uint8]:
+    """Return the escape index of every frozen table of pass 0, row family * 88 + row."""
+    return _escapes(coarse_freqs().reshape(-1, 32))
 
 
 def _escapes(freqs: NDArray[np.uint16]) -> NDArray[np.uint8]:

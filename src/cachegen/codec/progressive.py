@@ -164,7 +164,7 @@ class ProgressiveCodec(Codec):
     @classmethod
     def decode_into(cls, reader: ObjectReader, target: Target, *, profile: Profile | None) -> None:
         header = reader.header
-        step, value_weight = _unpack_params(header)
+        step, value_weight = unpack_params(header)
         basis = _basis_of(header, profile)
         if basis.groups != header.groups:
             raise CorruptError("groups", got="others than the basis", expected="those of the basis")
@@ -271,7 +271,8 @@ def _refuse_non_finite(chunk: KVChunk, group: Group) -> None:
             )
 
 
-def _unpack_params(header: Header) -> tuple[float, float]:
+def unpack_params(header: Header) -> tuple[float, float]:
+    """Return the finest step and the weight of V. Raises: CorruptError."""
     if len(header.params) != _PARAMS.size:
         raise CorruptError(
             "progressive parameters", got=len(header.params), expected=f"{_PARAMS.size} bytes"
