@@ -82,7 +82,7 @@ def s3_url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
     server = moto.ThreadedMotoServer(port=free_port(), verbose=False)
     server.start()
-    host, port = server.get_host_and_port()
+    _, port = server.get_host_and_port()
     endpoint = f"http://127.0.0.1:{port}"
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")

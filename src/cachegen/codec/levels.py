@@ -34,7 +34,7 @@ class QualityCurve:
 
     def kl(self, relative_distortion: float) -> float:
         """Return the expected KL."""
-        return self.scale * max(relative_distortion, 0.0) ** self.power
+        return self.scale * float(max(relative_distortion, 0.0) ** self.power)
 
 
 PLAIN_CURVE = QualityCurve(30.0, 2.0)
