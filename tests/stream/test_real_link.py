@@ -75,8 +75,8 @@ def test_the_quality_is_what_the_plan_said(outcome) -> None:
     promised = [distortion for distortion in outcome["distortion"] if distortion is not None]
     assert len(promised) >= 3
     for measured, planned in zip(outcome["measured"], promised, strict=True):
-        # The table is made from a sample of the tokens where that is faster; rounding comes on top.
-        assert measured == pytest.approx(planned, rel=0.1)
+        # Rounding to bfloat16 comes on top of what the table knows.
+        assert measured == pytest.approx(planned, rel=0.03, abs=1e-5)
 
 
 def test_namespaces_go_even_when_the_test_fails() -> None:
