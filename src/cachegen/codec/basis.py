@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from cachegen import native
 from cachegen.chunk import KVChunk
 from cachegen.codec.header import Group, plane_groups
 from cachegen.codec.ladder import FAMILIES
@@ -67,7 +68,7 @@ def outlier_tokens(rows: Floats) -> NDArray[np.int64]:
     """Return tokens whose norm is beyond 3 times the median: kept exactly, they spoil no class."""
     if len(rows) < 8:
         return np.zeros(0, np.int64)
-    centred = rows - np.median(rows, axis=0)
+    centred = rows - native.column_medians(rows)
     norms = np.sqrt(np.square(centred, dtype=np.float64).sum(axis=1))
     return np.flatnonzero(norms > OUTLIER_NORM * max(float(np.median(norms)), 1e-30))
 
