@@ -13,7 +13,7 @@ PEERS := --texts 4 --codec progressive:profile=true --codec progressive:profile=
   --codec cachegen-paper --codec cachegen:tables=parametric --codec int8 --codec kivi \
   --codec turboquant --codec kvtc --codec kvtc-no-window
 
-.PHONY: demo test check format lint types sanitize results clean help
+.PHONY: demo test check format lint types sanitize neon results clean help
 
 help:
 	@echo "make demo | test | check | format | lint | types | sanitize | results | clean"
@@ -37,6 +37,10 @@ types: $(VENV)/.installed
 
 sanitize: $(VENV)/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash csrc/fuzz/run.sh
+
+# The NEON kernels, cross-compiled and run under qemu-user; skipped where the tools are missing.
+neon: $(VENV)/.installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash csrc/fuzz/neon.sh
 
 # The committed figures behind the README's tables and charts.
 results: $(VENV)/.installed

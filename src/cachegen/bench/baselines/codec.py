@@ -185,7 +185,7 @@ def exempt_bytes(data: bytes, header: Header) -> int:
             tokens,
             channels,
             header.geometry.dtype,
-            header.profile is None,
+            plain=header.profile is None,
         )
         total += side.exempt_rows.nbytes + 4 * len(side.exempt_tokens)
     return total
