@@ -22,7 +22,7 @@ DEFAULT_QUALITY = "balanced"
 
 @dataclass(frozen=True)
 class QualityCurve:
-    """KL in nats/token expected of a relative distortion ``d``: ``text * d + answers * d ** power``.
+    """KL in nats/token that distortion d leads to: ``text * d + answers * d ** power``.
 
     The upper envelope measured on the reference model (decision 0012). On running text the KL grows
     with the distortion; at answers that depend on single tokens of the prefix it rises steeply once
