@@ -127,12 +127,14 @@ class Tracker:
         request is left to compute.
         """
         track = self._tracks.get(request_id)
-        if track is None or track.question is None or not self._loads:
+        if track is None:
+            return 0
+        track.local_tokens = local_tokens
+        if track.question is None or not self._loads:
             return 0
         chunks = self._lookup.answer(track.question)
         if chunks is None:
             return None
-        track.local_tokens = local_tokens
         if track.barred is not None:
             chunks = min(chunks, track.barred)
         found = min(chunks * self._settings.chunk_tokens, len(track.tokens) - 1)
