@@ -1,14 +1,17 @@
 // Constants and index arithmetic of FORMAT.md: lanes, places, steps and streams.
 #pragma once
 
+// Compilers of kernels at run time have no standard library; csrc/cuda/warp.cuh has the types.
+#if !defined(__CUDACC__) && !defined(__HIPCC__)
 #include <bit>
 #include <cstddef>
 #include <cstdint>
 
-namespace cachegen {
-
 static_assert(std::endian::native == std::endian::little,
               "bodies are little-endian and are read and written in place");
+#endif
+
+namespace cachegen {
 
 inline constexpr unsigned kLanes = 32;
 inline constexpr unsigned kProbBits = 12;

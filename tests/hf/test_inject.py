@@ -265,3 +265,23 @@ def test_capture_and_inject_on_a_gpu(family):
     cache = hf.inject(model, kv)
     assert cache.layers[0].keys.device.type == "cuda"
     assert hf.generate(model, [prompt], cache, max_new_tokens=NEW, do_sample=False) == [want]
+
+
+def test_a_reserved_cache_is_filled_by_the_decoder(model_of):
+    """What decoders write to the views is what inject makes of the decoded chunk."""
+    from cachegen.codec.raw import RawCodec
+    from cachegen.codec.registry import decode
+
+    model, prompt = model_of("llama"), prompt_of(PROMPT)
+    kv = hf.capture(model, [prompt], keep_all=True)[0].kv.slice_tokens(0, 30)
+    cache, views = hf.reserve(model, 30)
+    for begin in (0, 16):
+        part = kv.slice_tokens(begin, min(begin + 16, 30))
+        rows = slice(begin, begin + part.tokens)
+        out = [(keys[rows], values[rows]) for keys, values in views]
+        assert decode(RawCodec().encode(part), out=out) is None
+    suffix = torch.tensor(prompt[30:])
+    got = hf.forward_suffix(model, cache, suffix)
+    assert torch.equal(got, hf.forward_suffix(model, hf.inject(model, kv), suffix))
+    with pytest.raises(UnsupportedModelError):
+        hf.reserve(model_of(SLIDING[0]), 30)

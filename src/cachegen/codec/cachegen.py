@@ -128,7 +128,7 @@ class CacheGenCodec(Codec):
         passes: list[list[SegmentBody]] = [[] for _ in range(1 + (self.delta == "anchor"))]
         for group, matrices in enumerate(self._quantised(chunk, bins)):
             for index, matrix in enumerate(matrices):
-                freqs = _profile_freqs(self.profile, group, index) if self.profile else None
+                freqs = profile_freqs(self.profile, group, index) if self.profile else None
                 coded = encode_matrix(matrix.symbols, matrix.levels, mode, freqs)
                 side = matrix.scales.tobytes() + coded.tables
                 passes[index] += [
@@ -181,7 +181,7 @@ class CacheGenCodec(Codec):
     def coded_shape(cls, header: Header, group: int, pass_index: int) -> tuple[int, int, int]:
         tokens, channels, _ = super().coded_shape(header, group, pass_index)
         layers = header.geometry.layers
-        _, anchor_tokens, bins = _unpack_params(header.params, layers)
+        _, anchor_tokens, bins = unpack_params(header.params, layers)
         if not anchor_tokens:
             return tokens, channels, digit_shift(bins[group] // 2 - 1)
         anchors = -(-tokens // anchor_tokens)
@@ -197,11 +197,11 @@ class CacheGenCodec(Codec):
     def decode_into(cls, reader: ObjectReader, target: Target, *, profile: Profile | None) -> None:
         header = reader.header
         check_one_plane_per_group(header)
-        mode, anchor_tokens, bins = _unpack_params(header.params, header.geometry.layers)
+        mode, anchor_tokens, bins = unpack_params(header.params, header.geometry.layers)
         if header.passes != 1 + (anchor_tokens > 0):
             raise CorruptError("passes", got=header.passes, expected=1 + (anchor_tokens > 0))
         if mode is TableMode.PROFILE:
-            profile = _matching_profile(profile, header.profile)
+            profile = matching_profile(profile, header.profile)
         elif header.profile is not None:
             raise CorruptError("profile digest", got="present", expected="none for these tables")
         for group in range(len(header.groups)):
@@ -295,7 +295,7 @@ def _decode_pass(
     side = reader.side(group, index)
     scales = read_scales(side, (rows, 1), out.dtype)
     segment, body = reader.segment(group, index)
-    freqs = _profile_freqs(profile, group, index) if mode is TableMode.PROFILE and profile else None
+    freqs = profile_freqs(profile, group, index) if mode is TableMode.PROFILE and profile else None
     shape, tables = (rows, heads * dim), side[scales.nbytes :]
     symbols = decode_matrix(segment.kind, body, tables, shape, levels, mode, freqs)
     if symbols.size and int(symbols.max()) > 2 * levels:
@@ -303,11 +303,13 @@ def _decode_pass(
     native.dequantize(symbols, scales, levels, out)
 
 
-def _profile_freqs(profile: Profile | None, group: int, index: int) -> Freqs | None:
+def profile_freqs(profile: Profile | None, group: int, index: int) -> Freqs | None:
+    """Return a profile's frequencies of one pass of a plane, (C, A), if it has them."""
     return profile.arrays.get(f"cachegen.{group}.{index}") if profile else None
 
 
-def _matching_profile(profile: Profile | None, digest: bytes | None) -> Profile:
+def matching_profile(profile: Profile | None, digest: bytes | None) -> Profile:
+    """Return the profile that an object names. Raises: CorruptError, ProfileError."""
     if digest is None:
         raise CorruptError("profile digest", got="none", expected="a digest for profile tables")
     return require_profile(profile, digest)
@@ -317,7 +319,8 @@ def _pack_params(mode: TableMode, delta: str, bins: tuple[int, ...]) -> bytes:
     return _PARAMS.pack(mode.value, ANCHOR_TOKENS if delta == "anchor" else 0) + bytes(bins)
 
 
-def _unpack_params(params: bytes, layers: int) -> tuple[TableMode, int, tuple[int, ...]]:
+def unpack_params(params: bytes, layers: int) -> tuple[TableMode, int, tuple[int, ...]]:
+    """Return tables, length of anchor groups, bins of every plane. Raises: CorruptError."""
     bins = tuple(params[_PARAMS.size :])
     if len(params) < _PARAMS.size or len(bins) != 2 * layers or any(params[2:4]):
         raise CorruptError(

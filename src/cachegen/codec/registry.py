@@ -8,6 +8,7 @@ from cachegen.chunk import KVChunk
 from cachegen.codec.base import Codec, empty_chunk
 from cachegen.codec.cachegen import CacheGenCodec
 from cachegen.codec.container import DEFAULT_MAX_DECODED_BYTES, Buffer
+from cachegen.codec.gpu.target import is_on_gpu
 from cachegen.codec.int8 import Int8Codec
 from cachegen.codec.lossless import LosslessCodec
 from cachegen.codec.progressive import ProgressiveCodec
@@ -77,6 +78,7 @@ def decode(
     max_decoded_bytes: int = ...,
     out: Pairs,
     slot_mapping: object | None = ...,
+    stream: object | None = ...,
 ) -> None: ...
 
 
@@ -89,6 +91,7 @@ def decode(
     max_decoded_bytes: int = DEFAULT_MAX_DECODED_BYTES,
     out: KVChunk | Pairs | None = None,
     slot_mapping: object | None = None,
+    stream: object | None = None,
 ) -> KVChunk | None:
     """Decode an object of any codec.
 
@@ -97,12 +100,28 @@ def decode(
     out: where to decode to, without memory of the size of the result in between: a chunk of the
         object's shape, or for each layer K and V, arrays or CPU tensors of any strides whose last
         axis is contiguous: (T, H, D) or, with slot_mapping, blocks of a paged cache,
-        (blocks, block size, H, D). Its dtype need not be the object's.
+        (blocks, block size, H, D). Its dtype need not be the object's. Tensors on a CUDA device are
+        decoded to by the device, see ``cachegen.codec.gpu``; theirs must be the object's.
     slot_mapping: (T,) integers, ``block * block_size + place`` of every token, -1 to leave it out.
+    stream: of a CUDA device, for out there; None: torch's current one.
     Returns: a chunk in the dtype that was encoded; out if it is a chunk; else None. After an error
         out holds anything.
     Raises: FormatError, KeyMismatchError, ProfileError, UnknownCodecError, GeometryError.
     """
+    if out is not None and not isinstance(out, KVChunk) and is_on_gpu(out):
+        from cachegen.codec import gpu
+
+        gpu.decode(
+            data,
+            out=out,
+            slot_mapping=slot_mapping,
+            stream=stream,
+            key=key,
+            allow_partial=allow_partial,
+            profile=profile,
+            max_decoded_bytes=max_decoded_bytes,
+        )
+        return None
     reader = ObjectReader(
         data, key=key, allow_partial=allow_partial, max_decoded_bytes=max_decoded_bytes
     )

@@ -64,6 +64,35 @@ def inject(model: Any, kv: Prefix) -> DynamicCache:
     return cache
 
 
+def reserve(
+    model: Any, tokens: int
+) -> tuple[DynamicCache, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Make the cache of a prefix for a decoder to fill in, on the devices of the model's layers.
+
+    tokens: of the prefix.
+    Returns: a cache as from ``inject``, and for each layer its K and V as views (T, H, D): pass
+        their rows ``[begin:end]`` as ``out`` of ``cachegen.decode``, so that a chunk goes from its
+        bytes to the cache of a GPU without a copy on the way.
+    Raises: UnsupportedModelError for sliding windows, whose layers hold fewer tokens.
+    """
+    if any(window is not None for window in attention_windows(model)):
+        raise UnsupportedModelError(
+            "layers with sliding windows", got="some", expected="none", remedy="use inject"
+        )
+    geometry = geometry_of(model)
+    cache = DynamicCache(config=model.config)
+    devices = layer_devices(model, len(cache.layers))
+    views = []
+    for layer, device in zip(cache.layers, devices, strict=True):
+        keys, values = (
+            torch.empty((1, geometry.kv_heads, tokens, dim), device=device, dtype=model.dtype)
+            for dim in (geometry.key_dim, geometry.value_dim)
+        )
+        _fill(layer, keys, values, tokens)
+        views.append((keys[0].transpose(0, 1), values[0].transpose(0, 1)))
+    return cache, views
+
+
 def clone(cache: DynamicCache, *, batch: int = 1) -> DynamicCache:
     """Return an independent cache for another question, at no cost: tensors are shared.
 

@@ -1,0 +1,5 @@
+// All kernels of the library in one program.
+#include "tables.cuh"
+#include "rows.cuh"
+#include "progressive.cuh"
+#include "klt.cuh"

@@ -1,0 +1,155 @@
+"""Tables that never change, on a device: built there once from the frozen frequencies."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cachegen.codec import ladder
+from cachegen.codec.basis import ModelBasis, load_basis
+from cachegen.codec.entropy import parametric_tables
+from cachegen.codec.passes import coarse_escapes
+from cachegen.native.cuda import plan
+from cachegen.native.cuda.device import Device, Memory
+from cachegen.profile import Profile
+from cachegen.types import Geometry
+
+Floats = NDArray[np.float32]
+
+_KEY = "frozen"
+
+
+@dataclass(frozen=True)
+class FrozenTables:
+    """Addresses of packed alias tables: progressive's two sets and the parametric set 1."""
+
+    coarse: np.uint64
+    coarse_escapes: np.uint64
+    refine: np.uint64
+    parametric: np.uint64
+    memory: tuple[Memory, ...]
+
+
+def frozen_tables(device: Device, stream: Any) -> FrozenTables:
+    """Return the tables of a device; the first call builds them and waits for that."""
+    if _KEY not in device.tables:
+        device.tables[_KEY] = _build(device, stream)
+    tables: FrozenTables = device.tables[_KEY]
+    return tables
+
+
+def _build(device: Device, stream: Any) -> FrozenTables:
+    sets = (
+        (ladder.coarse_freqs().reshape(-1, 32), 32),
+        (ladder.refine_freqs().reshape(-1, 3), 4),
+        (parametric_tables()[0].freqs, 32),
+    )
+    job = plan.Plan()
+    items = np.zeros(len(sets), plan.MODELS)
+    for item, (freqs, buckets) in zip(items, sets, strict=True):
+        item["freqs"] = job.upload.add(freqs.astype("<u2"))
+        item["buckets"] = job.work.reserve(len(freqs) * buckets * plan.BUCKET_BYTES, 256)
+        item["count"], item["alphabet"], item["kind"] = len(freqs), freqs.shape[1], buckets
+    escapes = job.upload.add(coarse_escapes())
+    record = np.zeros(1, plan.LAUNCH)
+    record["items"] = job.structs(plan.MODELS, items)
+    record["errors"] = job.work.reserve(4)
+    record["extra"] = blocks = -(-max(len(freqs) for freqs, _ in sets) // 128)
+    job.launch("build_tables", blocks * len(sets), record)
+    upload = device.allocate(job.upload_bytes, stream)
+    work = device.allocate(job.work.size_bytes, stream)
+    image, launches = job.finish(upload.address, work.address)
+    device.upload(upload.address, image, stream)
+    for launch in launches:
+        device.launch(*launch, stream)
+    device.download(work.address, 1, stream)  # waits
+    places = [plan.absolute(int(item["buckets"])) for item in items]
+    bytes_at = plan.absolute(int(escapes ^ plan.UPLOAD) + upload.address)
+    return FrozenTables(places[0], bytes_at, places[1], places[2], (upload, work))
+
+
+@dataclass(frozen=True)
+class DeviceBasis:
+    """A profile on a device.
+
+    matrices: for each group its basis times ``1 / scales[g]``, rounded to halves, rows padded to a
+    multiple of 8. rests: what rounding lost, 0 where it lost nothing. means: floats.
+    """
+
+    basis: ModelBasis
+    matrices: tuple[np.uint64, ...]
+    rests: tuple[np.uint64, ...]
+    scales: tuple[float, ...]
+    means: tuple[np.uint64, ...]
+    memory: Memory
+
+
+def device_basis(device: Device, profile: Profile, geometry: Geometry, stream: Any) -> DeviceBasis:
+    """Return a profile's bases on a device; the first call for a profile uploads them.
+
+    Raises: ProfileError if they do not fit.
+    """
+    key = f"basis {profile.digest.hex()} {geometry}"
+    if key not in device.tables:
+        device.tables[key] = _upload_basis(device, load_basis(profile, geometry), stream)
+    held: DeviceBasis = device.tables[key]
+    return held
+
+
+def _upload_basis(device: Device, basis: ModelBasis, stream: Any) -> DeviceBasis:
+    arena = plan.Arena(plan.UPLOAD)
+    matrices, rests, scales, means = [], [], [], []
+    for group in basis.bases:
+        assert group is not None
+        high, low, scale = split_halves(group.basis)
+        matrices.append(arena.add(high))
+        rests.append(arena.add(low) if low.any() else np.uint64(0))
+        scales.append(scale)
+        means.append(arena.add(group.mean.astype("<f4")))
+    memory = device.allocate(arena.size_bytes, stream)
+    image = np.zeros(arena.size_bytes, np.uint8)
+    arena.write(image)
+    device.upload(memory.address, image, stream)
+    device.download(memory.address, 1, stream)  # waits, as the image goes away
+
+    def place(addresses: list[np.uint64]) -> tuple[np.uint64, ...]:
+        return tuple(
+            plan.absolute(int(a ^ plan.UPLOAD) + memory.address) if a else a for a in addresses
+        )
+
+    return DeviceBasis(basis, place(matrices), place(rests), tuple(scales), place(means), memory)
+
+
+def split_halves(basis: Floats) -> tuple[NDArray[np.float16], NDArray[np.float16], float]:
+    """Return two matrices of halves whose sum is (basis / scale) to 22 bits, and the scale.
+
+    basis: (N, N). Rows of the results are padded with zeros to a multiple of 8. The scale is a
+    power of two that puts the largest value near 1024, so that the lower halves are not subnormal.
+    """
+    channels = len(basis)
+    largest = float(np.abs(basis).max())
+    scale = 2.0 ** (np.floor(np.log2(largest)) - 9) if largest > 0 else 1.0
+    scaled = np.zeros((channels, -(-channels // 8) * 8), np.float32)
+    scaled[:, :channels] = basis / np.float32(scale)
+    high = scaled.astype(np.float16)
+    low = (scaled - high.astype(np.float32)).astype(np.float16)
+    return high, low, scale
+
+
+@functools.lru_cache(maxsize=256)
+def cell_constants(passes: int, present: int, decay: int) -> NDArray[np.float32]:
+    """Return, for each class, what to add to the inner edge of a cell of either width, (64, 2).
+
+    As ``ladder.descend``: width times centroid, for cells of one step and of 1.2 steps.
+    """
+    step = np.float32(3.0 ** (passes - present))
+    scale_class = np.arange(ladder.CLASSES)
+    slope = (np.sqrt(2.0) * (decay / 64) / ladder.deviation_of(scale_class)).astype(np.float32)
+    wide = np.float32(2 * ladder.DEAD_ZONE) * step
+    early = step * ladder.centroid(step * slope)
+    late = wide * ladder.centroid(wide * slope)
+    return np.ascontiguousarray(np.stack([early, late], axis=1).astype(np.float32))

@@ -1,0 +1,1 @@
+"""The CUDA kernels of ``csrc/cuda``: plans, compilation, devices, host emulation."""

@@ -1,0 +1,171 @@
+"""Objects of every codec and option, and comparisons of what the kernels make of them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from cachegen.chunk import KVChunk, LayerKV
+from cachegen.codec.cachegen import CacheGenCodec
+from cachegen.codec.container import read_header
+from cachegen.codec.int8 import Int8Codec
+from cachegen.codec.progressive import ProgressiveCodec
+from cachegen.codec.raw import RawCodec
+from cachegen.codec.registry import decode
+from cachegen.profile import Profile
+from cachegen.types import RopeSpec
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests/golden/v1"
+BFLOAT16 = ml_dtypes.bfloat16
+
+
+def golden_script() -> Any:
+    spec = importlib.util.spec_from_file_location("make_golden", ROOT / "scripts/make_golden.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def draw_kv(
+    layers: int = 2, heads: int = 2, tokens: int = 64, dim: int = 16, *, seed: int, dtype: Any
+) -> KVChunk:
+    """Draw K and V with a mean and a spread per channel; a few values far out."""
+    rng = np.random.default_rng(seed)
+
+    def plane() -> np.ndarray:
+        mean = rng.normal(0, 2, (1, heads, dim))
+        spread = np.exp(rng.normal(-0.5, 0.9, (1, heads, dim)))
+        values = mean + spread * rng.standard_t(4, (tokens, heads, dim))
+        return np.clip(values, -300, 300).astype(dtype)
+
+    return KVChunk.from_layers([LayerKV(plane(), plane()) for _ in range(layers)])
+
+
+def with_rope(chunk: KVChunk, half: int, *, interleaved: bool = False) -> KVChunk:
+    """Give a chunk a RoPE for all layers but the last, positions from 1000."""
+    layers = chunk.geometry.layers
+    frequencies = tuple(float(np.float32(10000.0 ** (-i / half))) for i in range(half))
+    kinds = (0,) * (layers - 1) + (0 if layers == 1 else -1,)
+    spec = RopeSpec((frequencies,), (1.25,), kinds, interleaved)
+    return replace(chunk, rope=spec, first_position=1000)
+
+
+def ragged(chunk: KVChunk) -> KVChunk:
+    """Let layer 0 hold only the later tokens, as a sliding window does."""
+    layer = chunk.layers[0]
+    begin = chunk.tokens // 3
+    first = LayerKV(layer.keys[begin:], layer.values[begin:], begin)
+    return KVChunk.from_layers(
+        [first, *chunk.layers[1:]], tokens=chunk.tokens, first_position=5, rope=chunk.rope
+    )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An object, or with partial a prefix of one."""
+
+    name: str
+    data: bytes
+    profile: Profile | None = None
+    partial: bool = False
+
+    def expected(self) -> KVChunk:
+        return decode(self.data, profile=self.profile, allow_partial=self.partial)
+
+
+def partial(sample: Sample, groups: int = 1) -> Sample:
+    """Cut an object behind some groups' first refinement."""
+    header = read_header(sample.data)
+    later = [segment for segment in header.segments if segment.pass_index > 0]
+    cut = later[min(groups, len(later)) - 1].end
+    return Sample(f"{sample.name}, cut", sample.data[:cut], sample.profile, True)
+
+
+def samples() -> Iterator[Sample]:
+    """Objects that take every way through the kernels, small enough to emulate."""
+    shapes = [(2, 2, 64, 16), (1, 3, 37, 8), (1, 1, 5, 12)]
+    for layers, heads, tokens, dim in shapes:
+        size = f"{tokens} x {heads} x {dim}"
+        for dtype in (BFLOAT16, np.float16, np.float32):
+            kv = draw_kv(layers, heads, tokens, dim, seed=tokens, dtype=dtype)
+            name = f"{np.dtype(dtype).name}, {size}"
+            yield Sample(f"raw {name}", RawCodec().encode(kv))
+            yield Sample(f"int8 {name}", Int8Codec().encode(kv))
+            yield Sample(f"int8 bytes {name}", Int8Codec(entropy=False).encode(kv))
+            for tables in ("chunk", "parametric"):
+                yield Sample(f"cachegen {tables} {name}", CacheGenCodec(tables=tables).encode(kv))
+            anchored = Sample(
+                f"cachegen anchor {name}",
+                CacheGenCodec(delta="anchor", tables="parametric").encode(kv),
+            )
+            yield anchored
+            plain = Sample(f"progressive {name}", ProgressiveCodec().encode(kv))
+            yield plain
+            if dtype is BFLOAT16:
+                yield partial(anchored)
+                yield partial(plain)
+                yield Sample(f"progressive 1 pass {name}", ProgressiveCodec(passes=1).encode(kv))
+                yield Sample(
+                    f"progressive 6 passes {name}", ProgressiveCodec(passes=6, step=0.01).encode(kv)
+                )
+                fitted = CacheGenCodec().fit_profile([kv])
+                codec = CacheGenCodec(tables="profile", profile=fitted)
+                yield Sample(f"cachegen profile {name}", codec.encode(kv), fitted)
+    tall = draw_kv(1, 2, 200, 24, seed=3, dtype=BFLOAT16)
+    yield Sample("int8 rANS", Int8Codec().encode(tall))
+    yield Sample("cachegen rANS, K of 16", CacheGenCodec(level=1).encode(tall))
+    for half, interleaved, dim in ((8, False, 16), (4, False, 16), (8, True, 16), (6, False, 12)):
+        kv = draw_kv(2, 2, 40, dim, seed=half + dim, dtype=BFLOAT16)
+        turned = Sample(
+            f"progressive RoPE half {half} of {dim}, interleaved {interleaved}",
+            ProgressiveCodec().encode(with_rope(kv, half, interleaved=interleaved)),
+        )
+        yield turned
+        yield partial(turned, 2)
+    window = ragged(draw_kv(2, 2, 64, 16, seed=9, dtype=BFLOAT16))
+    for codec in (RawCodec(), Int8Codec(), CacheGenCodec(), ProgressiveCodec()):
+        yield Sample(f"{codec.name} ragged", codec.encode(window))
+
+
+def profiled(*, dim: int = 16, turned: bool = True) -> tuple[Sample, Profile]:
+    """Return an object with a profile of its own."""
+    from cachegen.codec import basis
+
+    try:
+        from cachegen.codec import fit as maker
+    except ImportError:
+        maker = basis
+    chunks = [draw_kv(2, 2, 70, dim, seed=20 + seed, dtype=BFLOAT16) for seed in range(4)]
+    if turned:
+        chunks = [with_rope(chunk, dim // 2) for chunk in chunks]
+    profile = maker.fit_basis(chunks)
+    data = ProgressiveCodec(profile=profile, step=0.05).encode(chunks[0])
+    return Sample(f"progressive profile dim {dim} RoPE {turned}", data, profile), profile
+
+
+def empty_like(chunk: KVChunk) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return arrays to decode a chunk into, of a content that no decoder leaves."""
+    return [(np.full_like(layer.keys, 7), np.full_like(layer.values, 7)) for layer in chunk.layers]
+
+
+def assert_close(got: np.ndarray, expected: np.ndarray, *, exact: bool) -> None:
+    """Equal, or apart by a unit in the last place of the dtype and the rounding of float32 sums."""
+    if exact:
+        assert np.array_equal(_bits(got), _bits(expected))
+        return
+    a, b = got.astype(np.float64), expected.astype(np.float64)
+    info = ml_dtypes.finfo(got.dtype)
+    largest = float(np.abs(b).max(initial=0))
+    unit = np.exp2(np.floor(np.log2(np.maximum(np.abs(b), float(info.tiny))))) * float(info.eps)
+    assert (np.abs(a - b) <= unit + largest * 2.0**-20).all()
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(np.uint8)

@@ -1,0 +1,166 @@
+"""Damaged objects: the kernels refuse them with the error of the CPU and touch nothing beyond."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from cachegen.chunk import KVChunk
+from cachegen.codec import gpu
+from cachegen.codec.container import SIDE, read_header
+from cachegen.codec.registry import decode
+from cachegen.errors import FormatError
+from cachegen.native.cuda import emulation
+from cachegen.native.cuda.emulation import EmulatedDevice
+
+sys.path.insert(0, str(Path(__file__).parent))
+from samples import Sample, assert_close, empty_like, profiled, samples
+
+SEGMENT_ENTRY = 20
+
+
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    """Change a byte of a segment and put its checksum, and the header's, right again."""
+    header = read_header(data)
+    segment = header.segments[rng.integers(len(header.segments))]
+    if not segment.length:
+        return data
+    changed = bytearray(data)
+    if segment.kind != SIDE and rng.random() < 0.3:
+        at = int(rng.integers(min(segment.length, 16)))  # the directory
+    else:
+        at = int(rng.integers(segment.length))
+    changed[segment.offset + at] ^= 1 << int(rng.integers(8))
+    index = header.segments.index(segment)
+    table = header.header_bytes - SEGMENT_ENTRY * len(header.segments)
+    body = bytes(changed[segment.offset : segment.offset + segment.length])
+    entry = table + SEGMENT_ENTRY * index
+    changed[entry : entry + 8] = xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
+    changed[16:24] = bytes(8)
+    total = xxhash.xxh3_64_intdigest(bytes(changed[: header.header_bytes]))
+    changed[16:24] = total.to_bytes(8, "little")
+    return bytes(changed)
+
+
+def outcome(sample: Sample) -> KVChunk | FormatError:
+    try:
+        return sample.expected()
+    except FormatError as error:
+        return error
+
+
+def attack(device: EmulatedDevice, sample: Sample) -> bool:
+    """Decode on both; return whether it was refused. Both have to say the same."""
+    expected = outcome(sample)
+    whole = decode(UNDAMAGED[sample.name], profile=sample.profile, allow_partial=True)
+    out = empty_like(whole)
+    try:
+        gpu.decode(
+            sample.data,
+            out=out,
+            profile=sample.profile,
+            allow_partial=sample.partial,
+            device=device,
+        )
+    except FormatError as error:
+        assert isinstance(expected, FormatError), f"{sample.name}: only the kernels refuse: {error}"
+        assert (type(error), str(error)) == (type(expected), str(expected))
+        return True
+    assert isinstance(expected, KVChunk), f"{sample.name}: only the CPU refuses: {expected}"
+    for (keys, values), layer in zip(out, expected.layers, strict=True):
+        for got, plane in ((keys, layer.keys), (values, layer.values)):
+            if np.isfinite(plane.astype(np.float32)).all():
+                assert_close(got, plane, exact=False)
+    return False
+
+
+def corpus() -> list[Sample]:
+    return [*samples(), profiled()[0]]
+
+
+UNDAMAGED: dict[str, bytes] = {}
+
+
+def test_damage_is_refused_as_on_the_cpu(emulated: EmulatedDevice) -> None:
+    rng = np.random.default_rng(4)
+    refused = total = 0
+    for sample in corpus():
+        if "profile dim" in sample.name:
+            continue
+        UNDAMAGED[sample.name] = sample.data
+        for _ in range(6):
+            if sample.partial:
+                continue
+            data = damaged(sample.data, rng)
+            refused += attack(emulated, Sample(sample.name, data, sample.profile))
+            total += 1
+    assert refused > total / 4
+
+
+def test_the_corpus_takes_every_way(emulated: EmulatedDevice) -> None:
+    """Segments of all kinds, escapes, both sizes of tables."""
+    kinds, escapes = set(), 0
+    for sample in corpus():
+        header = read_header(sample.data)
+        for segment in header.segments:
+            if segment.offset + segment.length > len(sample.data):
+                continue
+            kinds.add((header.codec_id, segment.pass_index > 0, segment.kind))
+            if segment.kind == 1 and header.codec_id == 3 and segment.pass_index == 0:
+                body = sample.data[segment.offset :]
+                escapes += int.from_bytes(body[8:12], "little")
+    assert escapes > 0
+    assert {(1, False, 1), (1, False, 2), (1, False, 3), (1, True, 2)} <= kinds
+    assert {(2, False, 1), (2, False, 3), (3, False, 1), (3, True, 1)} <= kinds
+
+
+@pytest.mark.slow
+def test_under_address_sanitizer() -> None:
+    """Once more with a sanitizer around all memory of the emulated device."""
+    compiler = emulation.compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    # libstdc++ too, or the sanitizer does not find the throw that it replaces.
+    found, cxx = (
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    )
+    if not Path(found).is_file():
+        pytest.skip("no AddressSanitizer")
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": f"{found} {cxx}",
+        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
+        "PYTHONPATH": str(Path(emulation.__file__).parents[3]),
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "attacks" in done.stdout
+
+
+def main() -> None:
+    device = EmulatedDevice(sanitize=True)
+    rng = np.random.default_rng(5)
+    count = 0
+    for index, sample in enumerate(corpus()):
+        UNDAMAGED[sample.name] = sample.data
+        attack(device, sample)
+        if index % 3 == 0 and not sample.partial:
+            attack(device, Sample(sample.name, damaged(sample.data, rng), sample.profile))
+        count += 1
+    print(count, "attacks")
+
+
+if __name__ == "__main__":
+    main()
