@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from cachegen.cli import (
+    advise,
     bench,
     config,
     demo,
@@ -229,3 +230,4 @@ explain.register(cli)
 evaluate.register(cli)
 simulate.register(cli)
 bench.register(cli)
+advise.register(cli)
