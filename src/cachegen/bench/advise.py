@@ -115,8 +115,8 @@ def find(kind: str, table: dict[str, Any], name: str) -> Any:
 def sizes(max_kl_nats: float = DEFAULT_MAX_KL_NATS, *, profile: bool = False) -> dict[str, Figure]:
     """Return bits/value of every way to store KV, KL at most ``max_kl_nats`` on text.
 
-    profile: whether ``progressive`` has one of the model. Raises: ConfigError if no point of a codec
-    is that good.
+    profile: whether ``progressive`` has one of the model.
+    Raises: ConfigError if no point of a codec is that good.
     """
     found = {
         "raw": Figure(16.0, "bfloat16", False),
@@ -152,7 +152,7 @@ def _is_cachegen(family: str) -> bool:
 
 @dataclass(frozen=True)
 class Machine:
-    """Speeds of one model on some GPUs: FLOP/s of a prefill, seconds of a token, decoded bytes/s."""
+    """Speeds of a model on some GPUs: FLOP/s of a prefill, seconds of a token, decoded bytes/s."""
 
     prefill_flops: Figure
     token_s: Figure
