@@ -9,20 +9,35 @@ TORCH_ARGS ?=
 UV := $(shell command -v uv 2>/dev/null)
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' 2>/dev/null)
 BANDWIDTH ?= 100Mbps
-PEERS := --texts 4 --codec progressive:profile=true --codec progressive:profile=false --codec cachegen-lmcache \
-  --codec cachegen-paper --codec cachegen:tables=parametric --codec int8 --codec kivi \
-  --codec turboquant --codec kvtc --codec kvtc-no-window
+# Chunk sizes beside 256 concern those that work in chunks.
+PEERS := --texts 8 --chunk-tokens 256 --chunk-tokens 64 --chunk-tokens 1024 \
+  --codec progressive:profile=true --codec progressive:profile=false \
+  --codec cachegen-lmcache --codec cachegen-paper \
+  --codec int8 --codec int8-zstd --codec kivi --codec turboquant --codec kvtc --codec kvtc-no-window \
+  --codec h2o --codec h2o+progressive:profile=true --codec h2o+progressive:profile=false \
+  --codec h2o+int8 --codec h2o+cachegen-lmcache --codec h2o+cachegen-paper --codec h2o+kvtc
 
-.PHONY: demo test check format lint types sanitize results clean help
+.PHONY: demo test test-vllm check format lint types sanitize results clean help
 
 help:
-	@echo "make demo | test | check | format | lint | types | sanitize | results | clean"
+	@echo "make demo | test | test-vllm | check | format | lint | types | sanitize | results | clean"
 
 demo: $(VENV)/.installed
 	@$(BIN)/cachegen demo --bandwidth $(BANDWIDTH)
 
 test: $(VENV)/.installed
 	@$(BIN)/python -m pytest -n 2
+
+# A real vLLM (CPU build) in a venv of its own: minutes to set up, once.
+VLLM := .venv-vllm
+
+test-vllm: $(VLLM)/.installed
+	@$(VLLM)/bin/python -m pytest tests/vllm -p no:cacheprovider -W ignore --durations=0 -rs
+
+$(VLLM)/.installed: scripts/setup_vllm.sh pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
+	@echo "setting up $(VLLM) (once)"
+	@TORCH_ARGS="$(TORCH_ARGS)" bash scripts/setup_vllm.sh $(VLLM) $(PYTHON)
+	@touch $@
 
 check: lint types test
 
@@ -43,6 +58,9 @@ results: $(VENV)/.installed
 	@$(BIN)/cachegen demo --bandwidth $(BANDWIDTH) --json benchmarks/results/demo.json --plot docs/demo.png
 	@$(BIN)/python benchmarks/cachegen_variants.py --json benchmarks/results/cachegen_variants.json
 	@$(BIN)/cachegen eval models/reference $(PEERS) --json benchmarks/results/evaluation.json --plot docs/rate_quality.png
+	@$(BIN)/python benchmarks/embedding.py --json benchmarks/results/embedding.json
+	@$(BIN)/python benchmarks/token_redundancy.py --json benchmarks/results/token_redundancy.json
+	@$(BIN)/cachegen bench --bandwidth 20Mbps --json benchmarks/results/serving.json --plot docs/serving.png
 	@$(BIN)/python scripts/readme_tables.py
 
 # torch comes first and pinned: a plain "torch" through another package pulls the CUDA build.
@@ -68,4 +86,4 @@ endif
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

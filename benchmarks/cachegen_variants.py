@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from cachegen.bench.calibrate import captured_contexts
-from cachegen.bench.demo import round_trip
+from cachegen.bench.coding import round_trip
 from cachegen.bench.prompts import Workload, load_workload, measure_quality
 from cachegen.bench.report import environment, format_cell, write_json
 from cachegen.chunk import KVChunk

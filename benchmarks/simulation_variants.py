@@ -35,7 +35,7 @@ from cachegen.stream.simulate import (
 )
 from cachegen.stream.traces import cloud_traces
 
-TRACES = 60
+TRACES = 40
 
 
 @dataclass(frozen=True)

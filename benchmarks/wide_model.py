@@ -1,11 +1,14 @@
-"""Train a second model whose KV is narrower than its hidden state, for a bounded time.
+"""How much a profile gains where the KV is narrower than the hidden state: a second model.
 
-    python benchmarks/wide_model.py FOLDER --text models/reference/work/text --minutes 12
+    python benchmarks/wide_model.py train FOLDER --text models/reference/work/text --minutes 12
+    python benchmarks/wide_model.py measure FOLDER --json benchmarks/results/wide_model.json
 
 The reference model has 256 K and V channels per layer at a hidden size of 256, and all its layers
 together four times that: its KV is of low rank by construction, which flatters transforms that
 join layers. This one has 128 at 384 (one KV head of 64), the same tokenizer, text and tasks, and
-the loss of ``models/reference/train.py``. Its weights are not kept, its figures are.
+the loss of ``models/reference/train.py``, within so many minutes of CPU time. Its weights are not
+kept, its figures are. Both models are measured alike: prefixes of 256 tokens, which is what the
+second one had time to learn.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +33,10 @@ sys.path.insert(0, str(REFERENCE))
 
 import train as recipe  # noqa: E402 - beside the reference model, no package
 from model import Decoder  # noqa: E402
+
+from cachegen.bench.evaluate import run_evaluation  # noqa: E402
+from cachegen.bench.report import environment, write_json  # noqa: E402
+from cachegen.bench.workload import Sizes  # noqa: E402
 
 CONFIG = LlamaConfig(
     **{
@@ -43,6 +51,15 @@ CONFIG = LlamaConfig(
 UNTIL = {"copy": 0.5, "recall": 0.58, "mix-128": 0.68, "mix-256": 0.84, "mix-512": 1.0}
 FILES = ("tokenizer.json", "tokenizer_config.json", "retrieval.json", "eval_text.txt")
 FILES += ("calibration_text.txt",)
+CODECS = ("progressive:profile=true", "progressive:profile=false", "cachegen-lmcache")
+SIZES = Sizes(
+    texts=16,
+    prefix_tokens=256,
+    continuation_tokens=192,
+    retrieval_prompts=8,
+    calibration_contexts=64,
+    calibration_prompts=32,
+)
 
 
 def train(text: Path | None, minutes: float) -> tuple[Decoder, dict[str, object]]:
@@ -126,16 +143,46 @@ def export(model: Decoder, folder: Path, record: dict[str, object]) -> None:
     (folder / "training.json").write_text(json.dumps(record, indent=1))
 
 
+def measure(folder: Path) -> dict[str, Any]:
+    """Evaluate both models on the same kinds of prompts; keep what is compared."""
+    results = {}
+    for name, path in (("reference", REFERENCE), ("wide", folder)):
+        result = run_evaluation(str(path), CODECS, sizes=SIZES)
+        kept = ("model", "prefix_tokens", "texts", "uncompressed", "bd_rates", "cpu_seconds")
+        rows = [
+            {key: value for key, value in row.items() if not key.endswith(("_text", "_prompt"))}
+            for row in result["rows"]
+        ]
+        results[name] = {key: result[key] for key in kept} | {"rows": rows}
+        results[name]["model"]["hidden"] = int(
+            json.loads((path / "config.json").read_text())["hidden_size"]
+        )
+        results[name]["model"]["name"] = name
+    results["wide"]["training"] = json.loads((folder / "training.json").read_text())
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("verb", choices=("train", "measure"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", type=Path, help="what models/reference/train.py trained on")
     parser.add_argument("--minutes", type=float, default=12.0, help="of CPU time")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model, record = train(arguments.text, arguments.minutes)
-    export(model, arguments.folder, record)
-    print(json.dumps(record))
+    if arguments.verb == "train":
+        model, record = train(arguments.text, arguments.minutes)
+        export(model, arguments.folder, record)
+        print(json.dumps(record))
+        return
+    results = measure(arguments.folder)
+    for name, result in results.items():
+        for rate in result["bd_rates"]:
+            print(name, rate["curve"], rate["peer"], rate["quality"], rate["percent"])
+    if arguments.json:
+        words = ["python", "benchmarks/wide_model.py", "measure", "FOLDER", "--json"]
+        write_json(arguments.json, results | environment([*words, arguments.json.name]))
 
 
 if __name__ == "__main__":

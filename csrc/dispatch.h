@@ -48,6 +48,17 @@ struct EncodeRun {
     bool uncodable;  // set by the kernel when a symbol had the frequency 0; all else is void then
 };
 
+// Rows of the encoder of `progressive`; see ladder_encode_rows.h.
+struct LadderEncodeRows {
+    void (*climb)(const float* values, size_t size, int16_t* coarse, uint8_t* const* digits,
+                  size_t refinements);
+    void (*errors)(const float* values, size_t size, const int16_t* coarse,
+                   const uint8_t* const* digits, size_t refinements, const float* early,
+                   const float* late, double* errors);
+    void (*order_statistics)(const float* values, size_t rows, size_t columns, size_t rank,
+                             float* out, float* following);
+};
+
 struct Kernels {
     std::string_view isa;
     bool (*is_available)();
@@ -85,6 +96,7 @@ struct Kernels {
     void (*fill_lookup[kKVTypes])(const UnitJob& job, void* lookup);
     void (*scale_rows)(const UnitJob& job, float* out, size_t stride, uint8_t* used);
     void (*finish_row[kKVTypes])(const RowsJob& job);
+    LadderEncodeRows encode_rows;
     const uint8_t* angle_lanes;  // kLanes: which lane each entry of a row of cos and sin is for
 
     // One head of one token, `size` values side by side; indexed by KVType.

@@ -7,9 +7,11 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <string>
 
 #include "block.h"
+#include "crew.h"
 #include "dispatch.h"
 #include "error.h"
 #include "rans.h"
@@ -20,6 +22,8 @@ namespace cachegen {
 namespace {
 
 constexpr int kLowestRow = -24, kRowsPerPass = 6;
+// Starting a thread takes as long as decoding about this many values.
+constexpr uint64_t kValuesPerThread = 1 << 17;
 
 void require(bool sound, const char* what, const std::string& got, const std::string& expected) {
     if (!sound) throw Error(ErrorKind::Geometry, what, got, expected);
@@ -623,29 +627,50 @@ private:
     Block block_, contexts_;
 };
 
-// Hands out items, group by group; a group is made ready when its first item is asked for.
+// Hands out items, group by group, to all threads; a group is made ready when its first item is
+// asked for.
 class ItemQueue {
 public:
     ItemQueue(const FusedDecode& work, const Kernels& kernel) : work_(work), kernel_(kernel) {}
 
-    bool start_next(Strand& strand) {
-        while (!group_ || item_ + 1 >= group_->boundaries.size()) {
-            group_.reset();
-            if (next_group_ == work_.groups.size()) return false;
-            const FusedGroup& source = work_.groups[next_group_++];
-            group_ = std::make_shared<const PreparedGroup>(work_, source, kernel_);
-            item_ = 0;
-            if (group_->shape.steps() == 0) group_.reset();
+    // Where one thread stands.
+    struct Hand {
+        std::shared_ptr<const PreparedGroup> group;
+        size_t item = 0;
+    };
+
+    // With many groups a thread takes one as a whole, else they share the items of one.
+    bool start_next(Strand& strand, Hand& own) {
+        if (work_.groups.size() >= kGroupsForOwn * work_.threads) return start(strand, own);
+        const std::lock_guard lock(mutex_);
+        return start(strand, shared_);
+    }
+
+    // After an error: what has begun ends, so that the first group's error is found.
+    void stop() { next_group_ = work_.groups.size(); }
+
+private:
+    static constexpr size_t kGroupsForOwn = 4;
+
+    bool start(Strand& strand, Hand& hand) {
+        while (!hand.group || hand.item + 1 >= hand.group->boundaries.size()) {
+            hand.group.reset();
+            const size_t next = next_group_.fetch_add(1);
+            if (next >= work_.groups.size()) return false;
+            hand.group =
+                std::make_shared<const PreparedGroup>(work_, work_.groups[next], kernel_);
+            hand.item = 0;
+            if (hand.group->shape.steps() == 0) hand.group.reset();
         }
-        strand.start(group_, item_++);
+        strand.start(hand.group, hand.item++);
         return true;
     }
 
-private:
     const FusedDecode& work_;
     const Kernels& kernel_;
-    std::shared_ptr<const PreparedGroup> group_;
-    size_t next_group_ = 0, item_ = 0;
+    std::atomic<size_t> next_group_ = 0;
+    std::mutex mutex_;
+    Hand shared_;
 };
 
 // The tables of the ladder in the form that the kernels in use take.
@@ -719,17 +744,28 @@ void decode_groups(const FusedDecode& work) {
                 ropes.prepare(plane, {group.tokens, group.channels});
     const Coders coders(work, kernel);
     ItemQueue queue(work, kernel);
-    std::vector<std::unique_ptr<Strand>> strands;
-    for (size_t i = 0; i < kGroupStreams; ++i)
-        strands.push_back(std::make_unique<Strand>(work, ropes, kernel));
-    while (true) {
-        std::array<Strand*, kGroupStreams> busy;
-        size_t count = 0;
-        for (const auto& strand : strands)
-            if (!strand->is_idle() || queue.start_next(*strand)) busy[count++] = strand.get();
-        if (!count) return;
-        decode_block(std::span(busy).first(count), coders);
-    }
+    uint64_t values = 0;
+    for (const FusedGroup& group : work.groups) values += group.tokens * group.channels;
+    run_crew(std::min<uint64_t>(work.threads, values / kValuesPerThread + 1), [&](size_t) {
+        ItemQueue::Hand hand;
+        std::vector<std::unique_ptr<Strand>> strands;
+        for (size_t i = 0; i < kGroupStreams; ++i)
+            strands.push_back(std::make_unique<Strand>(work, ropes, kernel));
+        try {
+            while (true) {
+                std::array<Strand*, kGroupStreams> busy;
+                size_t count = 0;
+                for (const auto& strand : strands)
+                    if (!strand->is_idle() || queue.start_next(*strand, hand))
+                        busy[count++] = strand.get();
+                if (!count) return;
+                decode_block(std::span(busy).first(count), coders);
+            }
+        } catch (...) {
+            queue.stop();
+            throw;
+        }
+    });
 }
 
 void finish_plane(const FinishPlane& work) {

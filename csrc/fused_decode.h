@@ -82,6 +82,7 @@ struct FusedDecode {
     unsigned passes;  // of the whole object
     const Tables& coarse;  // kFamilies * kTableRows models
     const Tables& refine;  // twice as many: one for each context
+    size_t threads;        // at most so many
     std::vector<RopeKind> ropes;
     std::vector<FusedGroup> groups;
 };

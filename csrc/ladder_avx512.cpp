@@ -249,8 +249,14 @@ void store_tile(const uint16_t* from, size_t offset, size_t count, std::byte* co
                                   _mm512_shuffle_i32x4(high01, high23, 0xdd)};
 #pragma GCC unroll 4
         for (size_t q = 0; q < 4; ++q)
-            if (std::byte* const row = rows[8 * q + i])
-                _mm512_mask_storeu_epi16(row + offset, kept, lines[q]);
+            if (std::byte* const row = rows[8 * q + i]) {
+                std::byte* const to = row + offset;
+                // Whole lines go past the caches: nothing of what was there is needed.
+                if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && kept == ~uint32_t{0})
+                    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), lines[q]);
+                else
+                    _mm512_mask_storeu_epi16(to, kept, lines[q]);
+            }
     }
 }
 

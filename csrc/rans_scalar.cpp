@@ -5,6 +5,7 @@
 
 #include "dispatch.h"
 #include "ladder_rows.h"
+#include "ladder_encode_rows.h"
 #include "quantize_rows.h"
 
 namespace cachegen {
@@ -186,6 +187,7 @@ constinit const Kernels kScalarKernels = {
     .scale_rows = scale_rows,
     .finish_row = {finish_row<KVType::Float16>, finish_row<KVType::BFloat16>,
                    finish_row<KVType::Float32>},
+    .encode_rows = encode_rows(),
     .angle_lanes = kLanesInOrder,
     .per_type = {row_kernels<KVType::Float16>(), row_kernels<KVType::BFloat16>(),
                  row_kernels<KVType::Float32>()},

@@ -335,10 +335,10 @@ def test_calibration_prompts_share_no_facts_with_the_evaluation() -> None:
     assert calibration_prompts(MODEL.parent, filler, sizes) == []
 
 
-def test_the_texts_of_the_reference_model_are_disjoint() -> None:
+@pytest.mark.parametrize("fitted", ["calibration_text.txt", "calibration_prompts.txt"])
+def test_the_texts_of_the_reference_model_are_disjoint(fitted: str) -> None:
     words = [
-        (MODEL / name).read_text(encoding="utf-8").split()
-        for name in ("calibration_text.txt", "eval_text.txt")
+        (MODEL / name).read_text(encoding="utf-8").split() for name in (fitted, "eval_text.txt")
     ]
     index = {word: i for i, word in enumerate(dict.fromkeys(words[0] + words[1]))}
     check_disjoint(*([index[word] for word in text] for text in words), run=24)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,17 +12,20 @@ import pytest
 
 from cachegen import native
 from cachegen.chunk import KVChunk, LayerKV
-from cachegen.codec import reference
+from cachegen.codec import fused_profile, reference
 from cachegen.codec.base import Codec, empty_chunk
+from cachegen.codec.basis import load_basis
 from cachegen.codec.cachegen import CacheGenCodec
 from cachegen.codec.container import BYTES, PACKED, read_header
+from cachegen.codec.fit import fit_basis
+from cachegen.codec.header import plane_groups
 from cachegen.codec.int8 import Int8Codec
 from cachegen.codec.progressive import ProgressiveCodec, _basis_of, _unpack_params
 from cachegen.codec.raw import RawCodec
 from cachegen.codec.reader import ObjectReader
 from cachegen.codec.registry import decode
 from cachegen.codec.target import Target
-from cachegen.errors import CacheGenError, ConfigError, DtypeError, GeometryError
+from cachegen.errors import CacheGenError, ConfigError, CorruptError, DtypeError, GeometryError
 from cachegen.types import KVDtype, RopeSpec
 
 
@@ -244,3 +248,77 @@ def test_extra_memory_is_bounded() -> None:
     extra, output = map(int, run.stdout.split())
     assert output >= 6 << 20
     assert extra <= 4 << 20
+
+
+@pytest.mark.parametrize("layers", [1, 12])
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
+    rope = rope_of(layers, 64, rotated=32, interleaved=False)
+    data = ProgressiveCodec(passes=3).encode(chunk_of((layers, 256, 4, 64), rope=rope))
+    results = []
+    for count in ("1", "2", "5"):
+        monkeypatch.setattr(native.fused, "threads", lambda count=count: int(count))
+        results.append(decode(data).to_array())
+    np.testing.assert_array_equal(results[1], results[0])
+    np.testing.assert_array_equal(results[2], results[0])
+
+
+def test_an_error_in_a_thread_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = chunk_of((12, 256, 4, 64))
+    good = ProgressiveCodec(passes=2).encode(chunk)
+    header = read_header(good)
+    target = Target(header, empty_chunk(header))
+    reader = ObjectReader(good)
+    segment, body = reader.segment(4, 1)
+    damaged = bytearray(body)
+    damaged[-5] ^= 1
+
+    def replaced(group: int, index: int) -> tuple[object, memoryview]:
+        return (
+            (segment, memoryview(damaged)) if (group, index) == (4, 1) else original(group, index)
+        )
+
+    original = reader.segment
+    monkeypatch.setattr(reader, "segment", replaced)
+    for count in (1, 3):
+        monkeypatch.setattr(native.fused, "threads", lambda count=count: count)
+        with pytest.raises(CorruptError, match="rANS stream"):
+            ProgressiveCodec.decode_into(reader, target, profile=None)
+
+
+def test_a_profile_equals_the_numpy_twin(isa: str) -> None:
+    rope = rope_of(4, 16, rotated=8, interleaved=False)
+    fitting = [chunk_of((4, 256, 2, 16), seed=seed, rope=rope) for seed in range(3)]
+    for groups in (None, plane_groups(4)):
+        profile = fit_basis(fitting, groups=groups)
+        chunk = chunk_of((4, 200, 2, 16), seed=9, rope=rope)
+        data = ProgressiveCodec(profile=profile).encode(chunk)
+        basis = load_basis(profile, chunk.geometry)
+        reader = ObjectReader(data)
+        step, _ = _unpack_params(reader.header)
+        wanted = empty_chunk(reader.header)
+        target = Target(reader.header, wanted)
+        for index, pair in enumerate(zip(basis.groups, basis.bases, strict=True)):
+            reference.decode_group(
+                reader, target, index, *pair, step=step, value_weight=basis.value_weight
+            )
+        ours, theirs = decode(data, profile=profile).to_array(), wanted.to_array()
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+
+
+def test_a_basis_of_single_heads_is_used_head_by_head() -> None:
+    rng = np.random.default_rng(6)
+    profile = fit_basis([chunk_of((1, 256, 4, 16), seed=seed) for seed in range(3)])
+    chunk = chunk_of((1, 200, 4, 16), seed=9)
+    (basis,) = load_basis(profile, chunk.geometry).bases
+    assert basis is not None
+    blocks = np.zeros_like(basis.basis)
+    for head in range(8):
+        turn, _ = np.linalg.qr(rng.normal(size=(16, 16)))
+        blocks[head * 16 : head * 16 + 16, head::8] = turn  # components of heads interleaved
+    heads = fused_profile._heads_of(dataclasses.replace(basis, basis=blocks), 16)
+    assert heads is not None and fused_profile._heads_of(basis, 16) is None
+    values = rng.normal(size=(128, 224)).astype(np.float32)
+    used = (rng.random(128) < 0.6).astype(np.uint8)
+    values[used == 0] = 0
+    ours = fused_profile._per_head(values, used, heads, 2, 4)
+    np.testing.assert_allclose(ours, (values.T @ blocks.T)[:, 32:96], atol=1e-4)

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import xxhash
 
+from cachegen.codec.container import SIDE, read_header
 from cachegen.codec.registry import decode
+from cachegen.profile import Profile
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden/v1"
@@ -37,6 +39,40 @@ def test_golden_objects(name: str) -> None:
     decoded = decode(stored.read_bytes(), key=golden.key(), profile=getattr(codec, "profile", None))
     assert decoded.first_position == 256
     assert golden.decoded_bits(decoded) == expected.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["progressive", "progressive_profile"])
+def test_golden_progressive_objects(name: str) -> None:
+    """Integers are equal everywhere; floats pass through sines and sums of products.
+
+    Tolerance: 2^-9 of a value, two roundings to float16, and 2^-9 absolute, for values near 0 that
+    are differences of larger ones.
+    """
+    data = (GOLDEN / f"{name}.cgen").read_bytes()
+    profile = Profile.load(GOLDEN / golden.PROFILE) if name.endswith("profile") else None
+    digest = (GOLDEN / f"{name}.digits").read_text().strip()
+    assert golden.digits_digest(data, profile) == digest
+    stored = np.frombuffer((GOLDEN / f"{name}.decoded").read_bytes(), "<f2").astype(np.float64)
+    decoded = decode(data, key=golden.key(), profile=profile)
+    got = np.frombuffer(golden.decoded_bits(decoded), "<f2").astype(np.float64)
+    assert np.allclose(got, stored, rtol=2**-9, atol=2**-9)
+    truth = np.frombuffer(golden.decoded_bits(golden.rotated_chunk(0)), "<f2").astype(np.float64)
+    assert np.abs(got - truth).mean() < 0.1 * np.abs(truth).mean()
+
+
+def test_golden_lossless_object() -> None:
+    data = (GOLDEN / "lossless.cgen").read_bytes()
+    assert any(segment.kind == SIDE for segment in read_header(data).segments)
+    expected = (GOLDEN / "lossless.decoded").read_bytes()
+    assert golden.decoded_bits(decode(data, key=golden.key())) == expected
+    assert golden.decoded_bits(golden.lossless_chunk()) == expected
+
+
+def test_the_golden_profile_is_the_one_that_is_named() -> None:
+    profile = Profile.load(GOLDEN / golden.PROFILE)
+    header = read_header((GOLDEN / "progressive_profile.cgen").read_bytes())
+    assert header.profile == profile.digest
+    assert profile.meta["metric"] == "gradients"
 
 
 def test_a_reader_written_from_the_page() -> None:

@@ -242,3 +242,116 @@ def test_groups_join_layers_as_far_as_they_fit() -> None:
     assert choose_groups(narrow, 600) == [Group(0, 2, 3), Group(2, 2, 3), Group(4, 2, 3)]
     wide = Geometry(2, 32, 128, 128, KVDtype.BFLOAT16)
     assert len(choose_groups(wide)) == 4
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 33])
+def test_short_chunks_with_a_profile(profile: Profile, tokens: int) -> None:
+    chunk = correlated_kv(0, tokens=tokens)
+    codec = ProgressiveCodec(profile=profile)
+    decoded = decode(codec.encode(chunk), profile=profile)
+    assert decoded.tokens == tokens
+    gap = np.abs(decoded.to_array().astype(float) - chunk.to_array().astype(float))
+    assert gap.mean() < 0.05 * np.abs(chunk.to_array().astype(float)).mean()
+
+
+def test_constant_and_zero_channels_with_a_profile() -> None:
+    """Channels that never moved in the calibration have no variance; they may move later."""
+    rng = np.random.default_rng(0)
+
+    def draw(tokens: int) -> np.ndarray:
+        kv = rng.normal(0, 1, (1, 2, tokens, 2, 8)).astype(np.float32)
+        kv[..., 0, 3] = 0
+        kv[..., 1, 5] = 7
+        return kv
+
+    fitted = fit_basis([KVChunk.from_array(draw(200)) for _ in range(3)])
+    codec = ProgressiveCodec(profile=fitted)
+    chunk = KVChunk.from_array(draw(64))
+    decoded = decode(codec.encode(chunk), profile=fitted).to_array()
+    assert np.abs(decoded - chunk.to_array()).max() < 0.5
+    moved = draw(64)
+    moved[..., 0, 3] = rng.normal(0, 1, moved[..., 0, 3].shape)
+    decoded = decode(codec.encode(KVChunk.from_array(moved)), profile=fitted).to_array()
+    assert np.abs(decoded - moved).max() < 0.5
+    zero = KVChunk.from_array(np.zeros((1, 2, 64, 2, 8), np.float32))
+    decoded = decode(codec.encode(zero), profile=fitted).to_array()
+    assert np.abs(decoded).max() < 0.5
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_values_near_the_end_of_float16(profile: Profile, joint: bool) -> None:
+    """Finite in, finite out: what overshoots is clamped."""
+    chunk = correlated_kv(0)
+    largest = max(float(np.abs(chunk.to_array().astype(float)).max()), 1.0)
+    layers = [
+        LayerKV(
+            (layer.keys.astype(np.float32) * (65504 / largest)).astype(np.float16),
+            (layer.values.astype(np.float32) * (65504 / largest)).astype(np.float16),
+        )
+        for layer in chunk.layers
+    ]
+    loud = KVChunk.from_layers(layers, first_position=512, rope=chunk.rope)
+    used = profile if joint else None
+    decoded = decode(ProgressiveCodec(profile=used).encode(loud), profile=used).to_array()
+    assert np.isfinite(decoded.astype(float)).all()
+    assert error(loud, decode(ProgressiveCodec(profile=used).encode(loud), profile=used)) < 0.02
+
+
+def test_wide_channels_cost_little_more_than_their_digits() -> None:
+    """One channel in 16 is 64 times wider: 6 bits more each is the least they can cost."""
+    rng = np.random.default_rng(0)
+    planes = rng.normal(0, 1, (1, 2, 256, 4, 64)).astype(np.float32)
+    ordinary = len(ProgressiveCodec(step=0.3).encode(KVChunk.from_array(planes)))
+    planes[..., ::16] *= 64
+    spread = float(np.sqrt(np.square(planes).mean()))
+    wide = ProgressiveCodec(step=0.3 / spread).encode(KVChunk.from_array(planes))
+    extra = 8 * (len(wide) - ordinary) / planes.size
+    assert 6 / 16 - 0.02 < extra < 6 / 16 + 0.06
+    gap = np.abs(decode(wide).to_array() - planes)
+    assert gap.max() <= 0.31
+
+
+def test_a_profile_of_another_model(profile: Profile) -> None:
+    """Same shape, other statistics: right, only larger."""
+    chunk = correlated_kv(0)
+    rng = np.random.default_rng(5)
+    foreign = [
+        KVChunk.from_array(rng.normal(0, 9, (3, 2, 200, 2, 16)).astype(np.float16), rope=chunk.rope)
+        for _ in range(2)
+    ]
+    other = fit_basis(foreign)
+    data = ProgressiveCodec(profile=other).encode(chunk)
+    assert len(data) > len(ProgressiveCodec(profile=profile).encode(chunk))
+    assert error(chunk, decode(data, profile=other)) < 0.02
+    wide = fit_basis([KVChunk.from_array(np.ones((3, 2, 40, 4, 16), np.float16))])
+    with pytest.raises(ProfileError, match="geometry"):
+        ProgressiveCodec(profile=wide).encode(chunk)
+
+
+def test_a_budget_below_pass_0(profile: Profile) -> None:
+    data = ProgressiveCodec(profile=profile).encode(correlated_kv(0))
+    header = read_header(data)
+    least = levels.relative_distortions(header)[0][0]
+    assert levels.prefix_bytes(header, budget_bytes=least) == least
+    with pytest.raises(ConfigError, match=f"at least {least}"):
+        levels.prefix_bytes(header, budget_bytes=least - 1)
+
+
+def test_quality_curves_rise() -> None:
+    for curve in (levels.PLAIN_CURVE, levels.PROFILE_CURVE, levels.MEASURED_CURVE):
+        expected = [curve.kl(distortion) for distortion in (-1.0, 0.0, 0.01, 0.1, 1.0)]
+        assert expected[:2] == [0, 0]
+        assert expected == sorted(expected)
+
+
+def test_early_layers_come_first_without_a_profile() -> None:
+    chunk = correlated_kv(0, layers=6)
+    wide = KVChunk.from_layers(
+        [LayerKV(np.tile(x.keys, (1, 4, 1)), np.tile(x.values, (1, 4, 1))) for x in chunk.layers],
+        first_position=512,
+        rope=chunk.rope,
+    )
+    header = read_header(ProgressiveCodec().encode(wide))
+    assert len(header.groups) == 6
+    refined = [header.groups[s.group].layer for s in header.segments if s.pass_index == 1]
+    assert np.mean(refined[:2]) < np.mean(refined[-2:])

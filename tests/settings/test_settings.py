@@ -60,6 +60,7 @@ def test_every_setting_reads_as_text_and_survives_json() -> None:
         "load_threads": "8",
         "save_threads": "2",
         "backlog_bytes": "2GiB",
+        "metrics_folder": "/m",
     }
     assert texts.keys() == set(NAMES)
     settings = load_settings(environ={f"CACHEGEN_{k.upper()}": v for k, v in texts.items()})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import socket
 import subprocess
@@ -132,7 +131,3 @@ def redis_cluster(folder: Path, nodes: int = 2) -> Iterator[int]:
         for client in clients:
             client.close()
         yield ports[0]
-
-
-def command_line(*arguments: object) -> str:
-    return json.dumps([str(argument) for argument in arguments])

@@ -298,6 +298,23 @@ def test_recomputing_what_is_missing(progressive, chunks, fetcher_of) -> None:
     assert report.reasons == {"loaded": 3, "recomputed": 1}
 
 
+def test_recomputing_begins_when_the_policy_says_so(progressive, chunks, fetcher_of) -> None:
+    """With all the time in the world the policy recomputes chunk by chunk, and nobody waits."""
+    times = []
+
+    def recompute(item):
+        times.append(time.monotonic())
+        time.sleep(0.01)
+        return chunks[item.index]
+
+    fetcher = fetcher_of(FakeStore(progressive))
+    report = fetcher.request(
+        keys_of(4), policy=DeadlinePolicy(), deadline_s=LONG_S, recompute=recompute
+    ).wait(LONG_S)
+    assert report.prefix_chunks == 4
+    assert report.seconds < LONG_S / 3
+
+
 def test_progress_says_how_far_it_is(progressive, fetcher_of) -> None:
     seen = []
     report = (

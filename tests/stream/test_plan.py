@@ -35,6 +35,13 @@ def test_points_above_the_hull_are_left_out() -> None:
     assert [step.end_bytes for step in curve.steps] == [10, 30, 60]
 
 
+def test_what_is_too_coarse_is_not_offered() -> None:
+    points = [(10, 0.9), (20, 0.6), (30, 0.3), (60, 0.1)]
+    for worst, ends in ((0.5, [30, 60]), (0.3, [30, 60]), (0.01, [60])):
+        curve = ChunkCurve.of_points(points, tokens=8, begin_token=0, worst_distortion=worst)
+        assert [step.end_bytes for step in curve.steps] == ends
+
+
 def test_many_points_are_thinned_to_both_ends() -> None:
     points = [(size, 1.0 / size) for size in range(1, 200)]
     curve = ChunkCurve.of_points(points, tokens=8, begin_token=0, most_steps=6)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +18,24 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from cachegen.connectors.vllm import CacheGenConnector
 from vllm import LLM, SamplingParams
 
-MODEL = Path(__file__).parents[2] / "models" / "reference"
+REFERENCE = Path(__file__).parents[2] / "models" / "reference"
 BLOCK = 128
 CHUNK = 256
 # Two logits closer than this may change places when a step groups its tokens otherwise.
 ROUNDING_NATS = 1e-3
+
+
+def _served_model() -> Path:
+    """Link the files that make up the model: vLLM reads every .safetensors as weights."""
+    folder = Path(tempfile.mkdtemp(prefix="cachegen-model-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for path in REFERENCE.iterdir():
+        if path.name == "model.safetensors" or path.suffix == ".json":
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+MODEL = _served_model()
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,7 @@ class Engine:
     def settle(self) -> None:
         """Wait until everything that was handed over is saved."""
         saver = self.worker._worker._saver
-        end = time.monotonic() + 60
+        end = time.monotonic() + 240
         while saver._backlog_bytes:
             assert time.monotonic() < end, "saves do not end"
             time.sleep(0.01)
@@ -180,7 +196,7 @@ def text_tokens() -> list[int]:
     """Return the reference model's evaluation text as tokens."""
     from transformers import AutoTokenizer
 
-    text = (MODEL / "eval_text.txt").read_text(encoding="utf-8")
+    text = (REFERENCE / "eval_text.txt").read_text(encoding="utf-8")
     tokens: list[int] = AutoTokenizer.from_pretrained(MODEL)(text)["input_ids"]
     return tokens
 

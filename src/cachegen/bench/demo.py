@@ -5,12 +5,13 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
+from cachegen.bench.coding import STORED_DTYPE, Coder, at_quality, at_rate, encode_all
 from cachegen.bench.prompts import (
     CONTINUATION_TOKENS,
     OUTPUT_TOKENS,
@@ -23,11 +24,8 @@ from cachegen.bench.prompts import (
 from cachegen.bench.report import environment
 from cachegen.bench.ttft import Loading, Timing, median_timing, time_load, time_recompute
 from cachegen.chunk import DEFAULT_CHUNK_TOKENS, KVChunk
-from cachegen.codec.base import Codec
-from cachegen.codec.container import VERSION, read_header
-from cachegen.codec.levels import prefix_bytes, relative_distortions
-from cachegen.codec.progressive import ProgressiveCodec
-from cachegen.codec.registry import decode, get_codec
+from cachegen.codec.container import VERSION
+from cachegen.codec.registry import get_codec
 from cachegen.errors import InputError
 from cachegen.hf.fingerprint import weights_fingerprint
 from cachegen.hf.load import load_model
@@ -40,7 +38,7 @@ from cachegen.stream.fetch import Fetcher
 from cachegen.stream.outcome import FetchReport, Reason
 from cachegen.stream.policies import DEFAULT_POLICY, get_policy
 from cachegen.stream.traces import Trace
-from cachegen.types import ChunkKey, KVDtype
+from cachegen.types import ChunkKey
 
 # Codec and quality; with "+profile" the codec has the statistics of the model.
 MODES = (
@@ -61,7 +59,6 @@ STEPS = 2 * len(MODES) + 3
 # Name of the profile in a model's folder.
 PROFILE_FILE = "profile.safetensors"
 CACHEGEN_LEVELS = (1, 2, 3)
-STORED_DTYPE = KVDtype.BFLOAT16
 REPEATS = 5
 # Below this many parameters threads wait for each other longer than they compute.
 SMALL_MODEL = 50_000_000
@@ -203,6 +200,9 @@ def _timing_columns(timing: Timing) -> dict[str, Any]:
     }
 
 
+_Stored: TypeAlias = tuple[list[ChunkKey], list[bytes], float]
+
+
 @dataclass(frozen=True)
 class _Bench:
     """Measures one row of the table after the other."""
@@ -213,6 +213,8 @@ class _Bench:
     link: Store
     namespace: bytes
     progress: Progress
+    coders: dict[str, Coder] = field(default_factory=dict)
+    stored: dict[ChunkKey, _Stored] = field(default_factory=dict)
 
     def recompute(self) -> dict[str, Any]:
         """Measure prefilling the prompt."""
@@ -233,12 +235,12 @@ class _Bench:
         """Measure loading at a quality."""
         self.progress(f"{mode}: stream and generate")
         name, _, quality = mode.partition(" ")
-        codec = self._codec(name)
-        keys, objects, encode_s = self._store(codec)
+        coder = self._coder(name)
+        keys, objects, encode_s = self._store(coder)
         timing, _ = self._time(Loading(keys, quality=quality or None))
         self.progress(f"{mode}: quality through the model")
         measured = measure_quality(
-            self.model, self.work, lambda captured: round_trip(codec, captured, quality)
+            self.model, self.work, lambda captured: coder.round_trip(captured, quality)
         )
         size = sum(len(at_quality(data, quality)) for data in objects)
         stored = sum(len(data) for data in objects)
@@ -248,12 +250,11 @@ class _Bench:
         """Measure what a policy makes of a deadline: it may end with another quality each time."""
         mode = f"{ADAPTIVE} {policy}"
         self.progress(f"{mode}: stream and generate")
-        levels: list[Codec]
         if policy == "cachegen":
-            levels = [get_codec("cachegen", level=level) for level in CACHEGEN_LEVELS]
+            levels = [Coder(get_codec("cachegen", level=level)) for level in CACHEGEN_LEVELS]
         else:
-            levels = [self._codec("progressive+profile" if self.setup.profile else "progressive")]
-        stored = [self._store(codec) for codec in levels]
+            levels = [self._coder("progressive+profile" if self.setup.profile else "progressive")]
+        stored = [self._store(coder) for coder in levels]
         keys = list(zip(*(keys for keys, _, _ in stored), strict=True))
         # What follows loading has to fit into the objective too; measured without any hurry.
         calm, _ = self._time(Loading(keys, policy=get_policy("fixed")))
@@ -274,8 +275,9 @@ class _Bench:
             for index, item in enumerate(report.chunks[: len(chunks)]):
                 if item.reason is Reason.LOADED:
                     bits = 8 * item.read_bytes / chunks[index].value_count
-                    codec = levels[item.version]
-                    chunks[index] = round_trip(codec, chunks[index], bits_per_value=bits)
+                    coder = levels[item.version]
+                    data = coder.objects(captured)[index]
+                    chunks[index] = coder.decode(at_rate(data, bits))
             return KVChunk.concat(chunks)
 
         measured = measure_quality(self.model, self.work, decoded)
@@ -295,26 +297,32 @@ class _Bench:
         }
         return {**row, **outcome}
 
-    def _codec(self, name: str) -> Codec:
-        name, _, profile = name.partition("+")
-        return get_codec(name, profile=self.setup.profile) if profile else get_codec(name)
+    def _coder(self, name: str) -> Coder:
+        if name not in self.coders:
+            codec, _, profile = name.partition("+")
+            settings = {"profile": self.setup.profile} if profile else {}
+            self.coders[name] = Coder(get_codec(codec, **settings))
+        return self.coders[name]
 
-    def _store(self, codec: Codec) -> tuple[list[ChunkKey], list[bytes], float]:
+    def _store(self, coder: Coder) -> _Stored:
         """Encode the prompt and put it into the store. Returns: keys, objects, encode seconds."""
         kv = self.work.kv[self.work.prompt_ids].astype(STORED_DTYPE)
         chains = chain_digests(self.work.prompt_ids)
         count = kv.tokens // DEFAULT_CHUNK_TOKENS
-        keys = chunk_keys(self.namespace, chains, codec.config())[:count]
+        keys = chunk_keys(self.namespace, chains, coder.codec.config())[:count]
+        if keys[0] in self.stored:
+            return self.stored[keys[0]]
         chunks = kv.split()
         encode_s = []
         for _ in range(3):
             begin = time.perf_counter()
-            objects = encode_all(codec, chunks, keys)
+            objects = encode_all(coder.codec, chunks, keys)
             encode_s.append(time.perf_counter() - begin)
         store = self.link.inner if isinstance(self.link, RateLimitedStore) else self.link
         for key, data in zip(keys, objects, strict=True):
             store.put(key.name, data)
-        return keys, objects, sorted(encode_s)[1]
+        self.stored[keys[0]] = keys, objects, sorted(encode_s)[1]
+        return self.stored[keys[0]]
 
     def _time(self, loading: Loading) -> tuple[Timing, FetchReport]:
         """Load and generate several times. Returns: medians, and the report of the last time."""
@@ -359,46 +367,3 @@ class _Bench:
             **_timing_columns(timing),
             **measured,
         }
-
-
-def at_quality(data: bytes, quality: str) -> bytes:
-    """Return the prefix of an object that a named quality reads; all of it for no name."""
-    return data[: prefix_bytes(read_header(data), quality)] if quality else data
-
-
-def encode_all(
-    codec: Codec, chunks: Sequence[KVChunk], keys: Sequence[ChunkKey | None]
-) -> list[bytes]:
-    """Encode consecutive chunks, each under its key."""
-    return [codec.encode(chunk, key=key) for chunk, key in zip(chunks, keys, strict=True)]
-
-
-def round_trip(
-    codec: Codec, kv: KVChunk, quality: str = "", *, bits_per_value: float | None = None
-) -> KVChunk:
-    """Cast to 16 bit, cut into chunks, encode and decode: what a store would give back.
-
-    bits_per_value: instead of a quality, read as much as this of every ``progressive`` object, pass
-        0 at least.
-    """
-    chunks = kv.astype(STORED_DTYPE).split()
-    profile = getattr(codec, "profile", None)
-    objects = encode_all(codec, chunks, [None] * len(chunks))
-    if bits_per_value is not None:
-        objects = [_at_rate(data, bits_per_value) for data in objects]
-    partial = bool(quality) or bits_per_value is not None
-    return KVChunk.concat(
-        [
-            decode(at_quality(data, quality), allow_partial=partial, profile=profile)
-            for data in objects
-        ]
-    )
-
-
-def _at_rate(data: bytes, bits_per_value: float) -> bytes:
-    header = read_header(data)
-    if header.codec_id != ProgressiveCodec.codec_id:
-        return data
-    least = relative_distortions(header)[0][0]
-    budget = max(least, int(bits_per_value * header.value_count / 8))
-    return data[: prefix_bytes(header, budget_bytes=budget)]

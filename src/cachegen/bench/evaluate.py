@@ -77,7 +77,7 @@ def run_evaluation(
     profile: Profile | None = None,
     chunk_tokens: Sequence[int] = (DEFAULT_CHUNK_TOKENS,),
     sizes: Sizes | None = None,
-    reuse: dict[str, Any] | None = None,
+    reuse: Sequence[dict[str, Any]] = (),
     progress: Progress = lambda line: None,
 ) -> dict[str, Any]:
     """Measure families of operating points on a model; return JSON-able values.
@@ -85,7 +85,7 @@ def run_evaluation(
     model_path: folder or name of a model. names: families, see ``baselines.families``; the first
     one, at each of its settings, is compared with the others by BD-rate. text, calibration_text:
     default to ``eval_text.txt`` and ``calibration_text.txt`` in the folder of the model.
-    reuse: an earlier result of the same workload, whose families are not measured again.
+    reuse: earlier results of the same workload, whose families are not measured again.
     Raises: ConfigError for unknown names or unsuitable texts; whatever a peer raises.
     """
     check_names(names)
@@ -118,7 +118,9 @@ def run_evaluation(
     calibration = Calibration(work.contexts, profile, fit)
     peers = build(names, calibration, chunk_tokens=chunk_tokens)
     identity = workload_digest(work)
-    known = reusable_rows(reuse, identity) if reuse else {}
+    known: dict[str, list[dict[str, Any]]] = {}
+    for earlier in reuse:
+        known |= reusable_rows(earlier, identity)
     fresh = [peer for peer in peers if peer.family not in known]
     measurements = measure(model, work, fresh, progress=progress)
     measured = summarize_rows(measurements, work)
@@ -151,7 +153,7 @@ def run_evaluation(
         "rows": rows,
         "bd_rates": bd_rates(rows),
     }
-    cpu_s = round(time.process_time() - begin)
+    cpu_s = round(time.process_time() - begin + sum(earlier["cpu_seconds"] for earlier in reuse))
     return {**result, "claims": claims(result), "cpu_seconds": cpu_s, **environment()}
 
 

@@ -52,7 +52,10 @@ class Engine(Protocol):
         """Delete what the mode has stored, so that the next request misses."""
 
     def quality(self, mode: str, token_ids: Sequence[int]) -> dict[str, float]:
-        """Return ``kl_nats`` and ``top1_agreement`` of a continuation after the decoded prefix."""
+        """Return figures of a continuation after the decoded prefix, none if it cannot be read.
+
+        ``kl_nats``, ``top1_agreement``, and ``bits_per_value`` of the prefix.
+        """
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
 
 def cells(row: dict[str, Any]) -> list[str]:
     """Format a row; times in ms with their 95 % intervals."""
-    return [_cell(key, row[key], spec) for key, _, spec in COLUMNS]
+    return [_cell(key, row.get(key), spec) for key, _, spec in COLUMNS]
 
 
 def _cell(key: str, value: Any, spec: str) -> str:

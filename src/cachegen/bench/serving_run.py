@@ -31,7 +31,10 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """See ``cachegen bench --help``. store None: in memory; bandwidth None: no limit then."""
+    """See ``cachegen bench --help``. store None: in memory; bandwidth None: no limit then.
+
+    servers: ``MODE=URL`` of running vLLM servers, whose store and quality are their own.
+    """
 
     engine: str
     model: str
@@ -48,19 +51,13 @@ class Settings:
     repeats: int
     output_tokens: int
     chunk_tokens: int
+    servers: tuple[str, ...] = ()
 
 
 def check_engine(name: str) -> None:
-    """Refuse an engine that is unknown or not there. Raises: ConfigError."""
+    """Refuse an unknown engine. Raises: ConfigError."""
     if name not in ENGINES:
         raise ConfigError("engine", got=name, expected=" or ".join(ENGINES))
-    if name == "vllm":
-        raise ConfigError(
-            "engine",
-            got="vllm",
-            expected="hf: serving through vLLM is not measured by this command",
-            remedy="pass --engine hf",
-        )
 
 
 def run_bench(settings: Settings, *, progress: Progress = lambda text: None) -> dict[str, Any]:
@@ -76,6 +73,8 @@ def run_bench(settings: Settings, *, progress: Progress = lambda text: None) -> 
     from cachegen.hf.load import load_model
 
     check_engine(settings.engine)
+    if settings.engine == "vllm":
+        return _run_vllm(settings, progress)
     for name in settings.modes:
         if name != "progressive+profile":
             Mode.of(name, quality=settings.quality, profile=None)
@@ -113,6 +112,29 @@ def run_bench(settings: Settings, *, progress: Progress = lambda text: None) -> 
         "chunk_tokens": settings.chunk_tokens,
         "quality": settings.quality,
         "profile_bytes": sum(a.nbytes for a in profile.arrays.values()) if profile else None,
+        **result,
+        **environment(),
+    }
+
+
+def _run_vllm(settings: Settings, progress: Progress) -> dict[str, Any]:
+    """Serve through running servers. Raises: ConfigError."""
+    from cachegen.bench.report import environment
+    from cachegen.bench.serving import run_serving
+    from cachegen.bench.vllm_engine import VllmEngine, parse_servers
+    from cachegen.hf.load import load_model
+
+    servers = parse_servers(settings.servers)
+    model, tokenizer = load_model(settings.model)
+    load = make_load(settings, tokenizer, int(model.config.max_position_embeddings))
+    result = run_serving(VllmEngine(servers), list(servers), load, progress=progress)
+    return {
+        "engine": settings.engine,
+        "model": {"name": Path(settings.model).name, "parameters": model.num_parameters()},
+        "store": "the servers' own",
+        "bandwidth_bytes_per_s": None,
+        "latency_s": 0.0,
+        "chunk_tokens": settings.chunk_tokens,
         **result,
         **environment(),
     }

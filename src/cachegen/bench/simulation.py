@@ -46,8 +46,8 @@ from cachegen.stream.traces import Trace, cloud_traces
 
 DEFAULT_TRACES = 200
 # Shares of the time left that CacheGen's rule may plan for, to trace its trade-off.
-MARGINS = (1.0, 0.8, 0.6, 0.4, 0.2)
-LATE_TARGETS = (0.01, 0.05, 0.2, 0.5)
+MARGINS = (1.0, 0.75, 0.5, 0.25)
+LATE_TARGETS = (0.05, 0.3)
 QUANTILES = 41
 EXAMPLE_S, EXAMPLE_POINTS = 30.0, 150
 SLO_BINS_S = ((0.5, 1.0), (1.0, 2.0), (2.0, 4.0))

@@ -24,6 +24,10 @@ def serving(
     context: typer.Context,
     engine: Annotated[str, typer.Option(help="hf or vllm.")] = "hf",
     model: Annotated[str, typer.Option(help="Folder or name of a causal LM.")] = "models/reference",
+    server: Annotated[
+        list[str] | None,
+        typer.Option(help="With --engine vllm, MODE=URL of a running server, once for each."),
+    ] = None,
     mode: Annotated[
         list[str] | None,
         typer.Option(help=f"Once for each: {', '.join(DEFAULT_MODES)}; the first is the baseline."),
@@ -82,6 +86,7 @@ def serving(
                 repeats=repeats,
                 output_tokens=output_tokens,
                 chunk_tokens=chunk_tokens,
+                servers=tuple(server or ()),
             ),
             progress=status.update,
         )

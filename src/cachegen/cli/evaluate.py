@@ -45,7 +45,7 @@ def evaluate(
         int, typer.Option(help="Tokens predicted after each prefix.")
     ] = 256,
     reuse: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(help="Result of an earlier run: its families are not measured again."),
     ] = None,
     json_file: JsonOption = None,
@@ -56,7 +56,7 @@ def evaluate(
     from cachegen.profile import Profile
 
     loaded = Profile.load(profile) if profile else None
-    earlier = json.loads(reuse.read_text(encoding="utf-8")) if reuse else None
+    earlier = [json.loads(path.read_text(encoding="utf-8")) for path in reuse or ()]
     with errors.status("loading libraries") as status:
         from cachegen.bench.evaluate import run_evaluation
         from cachegen.bench.rate_quality import plot_evaluation, print_evaluation

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from cachegen.errors import UnsupportedModelError
 from cachegen.types import KVDtype
 
 # What servers are commonly run with; looked through when a store knows other namespaces.
@@ -78,28 +77,18 @@ def read_tokens(model: str, text: str) -> list[int]:
 
     Raises: UnsupportedModelError without a tokenizer.
     """
-    from transformers import AutoTokenizer
+    from cachegen.hf.load import load_tokenizer
 
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"tokenizer of {model}", got=str(error).splitlines()[0], expected="a tokenizer"
-        ) from None
-    return list(tokenizer(text)["input_ids"])
+    return list(load_tokenizer(model)(text)["input_ids"])
 
 
 def _engine_config(serving: Serving) -> Any:
     """Describe a server with the names of vLLM's configuration that the connector reads."""
     import torch
-    from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(serving.model)
-    except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"model {serving.model}", got=str(error).splitlines()[0], expected="a model folder"
-        ) from None
+    from cachegen.hf.load import load_config
+
+    config = load_config(serving.model)
     text = config.get_text_config()
     heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

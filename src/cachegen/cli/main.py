@@ -17,6 +17,7 @@ from cachegen.cli import (
     doctor,
     evaluate,
     explain,
+    exporter,
     profiles,
     simulate,
     store,
@@ -227,6 +228,7 @@ store.register(cli)
 config.register(cli)
 doctor.register(cli)
 explain.register(cli)
+exporter.register(cli)
 evaluate.register(cli)
 simulate.register(cli)
 bench.register(cli)

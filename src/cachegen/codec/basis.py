@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from cachegen import native
 from cachegen.chunk import KVChunk
 from cachegen.codec.header import Group, plane_groups
 from cachegen.codec.ladder import FAMILIES
@@ -67,7 +68,7 @@ def outlier_tokens(rows: Floats) -> NDArray[np.int64]:
     """Return tokens whose norm is beyond 3 times the median: kept exactly, they spoil no class."""
     if len(rows) < 8:
         return np.zeros(0, np.int64)
-    centred = rows - np.median(rows, axis=0)
+    centred = rows - native.column_medians(rows)
     norms = np.sqrt(np.square(centred, dtype=np.float64).sum(axis=1))
     return np.flatnonzero(norms > OUTLIER_NORM * max(float(np.median(norms)), 1e-30))
 
@@ -223,13 +224,14 @@ def _read_group(profile: Profile, index: int, blocks: Sequence[Floats]) -> Group
     channels = sum(block.shape[0] * block.shape[1] for block in blocks)
     arrays = {
         name: profile.arrays.get(f"group{index}.{name}")
-        for name in ("mean", "basis", "scale", "deviation", "families")
+        for name in ("basis", "mean", "scale", "deviation", "families")
     }
     basis = arrays["basis"]
     kept = basis.shape[1] if basis is not None and basis.ndim == 2 else 0
+    kept = kept if 1 <= kept <= channels else channels
     shapes = dict.fromkeys(arrays, (channels,)) | {"basis": (channels, kept), "scale": (kept,)}
     for name, array in arrays.items():
-        if array is None or array.shape != shapes[name] or not 1 <= kept <= channels:
+        if array is None or array.shape != shapes[name]:
             raise ProfileError(
                 f"{name} of group {index}",
                 got=None if array is None else array.shape,

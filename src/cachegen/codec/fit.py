@@ -29,6 +29,8 @@ Floats = NDArray[np.float32]
 MAX_GROUP_CHANNELS = 2048
 GROUP_LAYERS = (1, 2, 4, 8)
 BASIS_LEVELS = 127
+# Larger values, infinities and NaN would spoil a profile: squares of these fit a float32.
+MAX_CALIBRATED = 1e6
 
 
 def choose_groups(
@@ -90,18 +92,26 @@ class BasisFit:
         self._products: list[Floats] = []
         self._sample: list[KVChunk] = []
 
+    def accepts(self, chunk: KVChunk) -> bool:
+        """Return whether a chunk is of the kind of the others: geometry, uniform, RoPE, finite."""
+        same = _shape(chunk.geometry) == _shape(self.geometry) and chunk.is_uniform
+        if not same or self._before_rope not in (None, chunk.rope is not None):
+            return False
+        return all(
+            bool((np.abs(plane.astype(np.float32)) <= MAX_CALIBRATED).all())
+            for layer in chunk.layers
+            for plane in (layer.keys, layer.values)
+        )
+
     def add(self, chunk: KVChunk) -> None:
-        """Take in a chunk. Raises: GeometryError for another geometry or a ragged chunk."""
-        before_rope = chunk.rope is not None
-        if _shape(chunk.geometry) != _shape(self.geometry):
-            raise GeometryError("calibration chunk", got=chunk.geometry, expected=self.geometry)
-        if not chunk.is_uniform or self._before_rope not in (None, before_rope):
+        """Take in a chunk. Raises: GeometryError for one that ``accepts`` refuses."""
+        if not self.accepts(chunk):
             raise GeometryError(
                 "calibration chunk",
-                got="layers with fewer tokens, or RoPE unlike the chunks before",
-                expected="chunks of one kind",
+                got=f"{chunk.geometry}, or fewer tokens in a layer, other RoPE or extreme values",
+                expected=f"{self.geometry}, and chunks of one kind",
             )
-        self._before_rope = before_rope
+        self._before_rope = chunk.rope is not None
         for index, group in enumerate(self.groups):
             rows = _ordinary(group_matrix(chunk, group, 1.0))
             if index == len(self._sums):

@@ -35,14 +35,8 @@ def constants(
     total, present: passes of the object and those at hand. decay: in 1/64. step: the finest one.
     value_weight: what V is divided by.
     """
-    below = np.float32(3.0 ** (total - present))
-    deviation = ladder.deviation_of(np.arange(ladder.CLASSES))
-    slope = (np.sqrt(2.0) * (decay / 64) / deviation).astype(np.float32)
-    wide = np.float32(2 * ladder.DEAD_ZONE)
-    early = ladder.centroid(below * slope)
-    early -= np.float32((1 - ladder.DEAD_ZONE) * 3 ** (present - 1))
-    late = wide * ladder.centroid(wide * below * slope)
-    scale = np.float32(below * step)
+    early, late = ladder.class_offsets(total, present, decay)
+    scale = np.float32(np.float32(3.0 ** (total - present)) * step)
     late_scale = np.float32(ladder.DEAD_ZONE) * scale
     factor = np.float32(1 / value_weight)
     scaling = np.array([scale, late_scale, scale * factor, late_scale * factor, factor], np.float32)

@@ -172,6 +172,20 @@ def descend(ladder: Ladder, passes: int, scale_class: NDArray[np.integer], decay
     return value
 
 
+def class_offsets(total: int, present: int, decay: int) -> Floats:
+    """Return what the values of each class are moved by, in steps of the last pass present.
+
+    total, present: passes of the object and those at hand. decay: in 1/64.
+    Returns: (2, 64) float32: for values significant since pass 0, and for those since a later pass.
+        With csrc/ladder.h's numbers v, ``descend`` gives v + offset, or 0.6 v + offset.
+    """
+    step = np.float32(3.0 ** (total - present))
+    slope = (np.sqrt(2.0) * (decay / 64) / deviation_of(np.arange(CLASSES))).astype(np.float32)
+    wide = np.float32(2 * DEAD_ZONE)
+    early = centroid(step * slope) - np.float32((1 - DEAD_ZONE) * 3 ** (present - 1))
+    return np.stack([early, wide * centroid(wide * step * slope)]).astype(np.float32)
+
+
 def centroid(fall: Floats) -> Floats:
     """Return where the centroid of a cell lies, as a share of its width from the inner edge.
 

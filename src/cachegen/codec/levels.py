@@ -7,21 +7,46 @@ is left after each segment; a curve measured through a model turns that into KL 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+from cachegen.codec.basis import MEASURED_WEIGHT
 from cachegen.codec.container import SIDE
 from cachegen.codec.header import Header
-from cachegen.codec.progressive import ProgressiveCodec, spread_of
+from cachegen.codec.progressive import ProgressiveCodec, spread_of, weight_of
 from cachegen.errors import ConfigError
 
 # KL to the uncompressed model, nats/token, that a named level stays within.
 NAMED = {"lossless-in-practice": 0.01, "balanced": 0.03, "small": 0.1}
 DEFAULT_QUALITY = "balanced"
 
-# log KL = CURVE_OFFSET + CURVE_SLOPE * log(relative distortion), the upper envelope measured on the
-# reference model (docs/decisions/0007-named-qualities.md). Relative distortion: squared error left,
-# V weighted, over the squared spread of the chunk's centred values.
-CURVE_OFFSET = 3.41
-CURVE_SLOPE = 2.0
+
+@dataclass(frozen=True)
+class QualityCurve:
+    """KL in nats/token expected of a relative distortion d: ``scale * d ** power``.
+
+    The upper envelope measured on the reference model, over text and answers (decision 0012).
+    Relative distortion: the error left, as weighted by the encoder, over the squared spread of the
+    chunk's centred values.
+    """
+
+    scale: float
+    power: float
+
+    def kl(self, relative_distortion: float) -> float:
+        """Return the expected KL."""
+        return self.scale * float(max(relative_distortion, 0.0) ** self.power)
+
+
+PLAIN_CURVE = QualityCurve(30.0, 2.0)
+PROFILE_CURVE = QualityCurve(30.0, 2.0)
+MEASURED_CURVE = QualityCurve(0.066, 1.0)
+
+
+def curve_of(header: Header) -> QualityCurve:
+    """Return the curve for an object: of no profile, a plain one, or one with measured weights."""
+    if header.profile is None:
+        return PLAIN_CURVE
+    return MEASURED_CURVE if weight_of(header) == MEASURED_WEIGHT else PROFILE_CURVE
 
 
 def relative_distortions(header: Header) -> list[tuple[int, float]]:
@@ -47,13 +72,6 @@ def relative_distortions(header: Header) -> list[tuple[int, float]]:
         if not following or following[0].pass_index > 0:
             points.append((segment.offset + segment.length, math.fsum(left) / scale))
     return points
-
-
-def expected_kl(relative_distortion: float) -> float:
-    """Return the KL in nats/token that the measured curve expects of a relative distortion."""
-    if relative_distortion <= 0:
-        return 0.0
-    return math.exp(CURVE_OFFSET + CURVE_SLOPE * math.log(relative_distortion))
 
 
 def prefix_bytes(
@@ -84,7 +102,8 @@ def prefix_bytes(
         return fitting[-1]
     if quality not in NAMED:
         raise ConfigError("quality", got=quality, expected=f"one of {', '.join(NAMED)}")
+    curve = curve_of(header)
     for size, distortion in points:
-        if expected_kl(distortion) <= NAMED[quality]:
+        if curve.kl(distortion) <= NAMED[quality]:
             return size
     return points[-1][0]

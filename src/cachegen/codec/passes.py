@@ -20,9 +20,9 @@ from cachegen.codec.ladder import (
     Digits,
     Floats,
     Ladder,
+    class_offsets,
     coarse_freqs,
     contexts,
-    descend,
     refine_freqs,
     row_of,
 )
@@ -84,25 +84,10 @@ def _refine_costs() -> NDArray[np.float64]:
     return -np.log2(refine_freqs() / TOTAL).reshape(FAMILIES, ROWS, 6)
 
 
-def _histograms(ladder: Ladder) -> list[NDArray[np.float64]]:
-    """Count per channel the magnitudes of pass 0, (N, 17), and (context, digit) of later ones."""
-    channels = ladder.coarse.shape[1]
-
-    def count(values: NDArray[np.int64], size: int) -> NDArray[np.float64]:
-        flat = values + size * np.arange(channels)
-        counts = np.bincount(flat.ravel(), minlength=size * channels)
-        return counts.reshape(channels, size).astype(np.float64)
-
-    result = [count(np.minimum(np.abs(ladder.coarse.astype(np.int64)), 16), 17)]
-    for index, digits in enumerate(ladder.digits, 1):
-        result.append(count(3 * contexts(ladder, index).astype(np.int64) + digits, 6))
-    return result
-
-
 def _code_lengths(ladder: Ladder) -> NDArray[np.float64]:
     """Return the bits of every channel under every family and class, (families * classes, N)."""
     scale = np.arange(CLASSES)
-    histograms = _histograms(ladder)
+    histograms = native.count_digits(ladder.coarse, ladder.digits)
     bits = np.zeros((FAMILIES * CLASSES, ladder.coarse.shape[1]))
     for index, counts in enumerate(histograms):
         rows = row_of(scale, ladder.passes - 1 - index)
@@ -132,21 +117,24 @@ def fit_decay(
     Returns: the decay in 1/64, and the squared error left after each pass, in squared finest steps.
     """
 
-    def errors(decay: int, rows: slice) -> list[float]:
-        result = []
-        for count in range(ladder.passes):
-            part = Ladder(ladder.coarse[rows], tuple(d[rows] for d in ladder.digits[:count]))
-            values = descend(part, ladder.passes, scale_class, decay / 64)
-            values -= scaled[rows]
-            result.append(float(np.vdot(values, values)))
-        return result
+    offsets = np.stack([_offsets(ladder.passes, decay) for decay in _DECAYS])
+    classes = np.ascontiguousarray(scale_class, np.uint8)
 
-    sample = slice(None, None, DECAY_SAMPLE)
+    def errors(offsets: Floats, stride: int) -> NDArray[np.float64]:
+        return native.ladder_errors(
+            scaled, ladder.coarse, ladder.digits, classes=classes, offsets=offsets, stride=stride
+        )
+
     # Relative errors of all passes count the same.
-    best = min(
-        _DECAYS, key=lambda decay: float(np.log(np.maximum(errors(decay, sample), 1e-30)).sum())
-    )
-    return best, errors(best, slice(None))
+    sampled = np.log(np.maximum(errors(offsets, DECAY_SAMPLE), 1e-30)).sum(axis=1)
+    best = int(sampled.argmin())
+    return _DECAYS[best], errors(offsets[best : best + 1], 1)[0].tolist()
+
+
+@functools.cache
+def _offsets(total: int, decay: int) -> Floats:
+    """Return the offsets of every pass and class, (passes, 2, 64) float32."""
+    return np.stack([class_offsets(total, present, decay) for present in range(1, total + 1)])
 
 
 def write(

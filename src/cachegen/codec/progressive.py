@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cachegen import native
 from cachegen.chunk import KVChunk
 from cachegen.codec import ladder, passes
 from cachegen.codec.base import Codec
@@ -230,7 +231,7 @@ class _Prepared:
     def encode(self, index: int, step: float, count: int, weight: float) -> list[SegmentBody]:
         """Code all passes. weight: what a squared error of this group counts in the table."""
         scaled = self.coefficients / np.float32(step)
-        digits = ladder.climb(scaled, count)
+        digits = ladder.Ladder(*native.climb(scaled, count))
         if self.statistics is None:
             classes = passes.fit_classes(digits)
             side = self.side.with_classes(classes)
@@ -296,3 +297,8 @@ def _basis_of(header: Header, profile: Profile | None) -> ModelBasis:
 def spread_of(header: Header) -> float:
     """Return the root mean square of the centred values that an object's steps are relative to."""
     return float(_PARAMS.unpack(header.params)[5])
+
+
+def weight_of(header: Header) -> float:
+    """Return the weight of V in an object; 1 says that its profile has measured all weights."""
+    return float(_PARAMS.unpack(header.params)[4])

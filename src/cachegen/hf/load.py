@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from cachegen.errors import UnsupportedModelError
@@ -52,3 +52,24 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[Any, A
         ) from None
     check_model(model)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model alone. Raises: UnsupportedModelError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise _no_part(name, "a tokenizer", error) from None
+
+
+def load_config(name: str) -> Any:
+    """Load the configuration of a model alone. Raises: UnsupportedModelError."""
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise _no_part(name, "a folder with config.json", error) from None
+
+
+def _no_part(name: str, expected: str, error: Exception) -> UnsupportedModelError:
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UnsupportedModelError(f"model {name}", got=first, expected=expected)

@@ -25,6 +25,8 @@ from cachegen.native.fused import (
     decode_groups,
     finish_plane,
 )
+from cachegen.native.ladder import climb, column_medians, count_digits, ladder_errors
+from cachegen.native.threads import threads
 
 _BITS = {2: np.uint16, 4: np.uint32}
 
@@ -166,14 +168,19 @@ __all__ = [
     "StreamLayout",
     "Tables",
     "available_isas",
+    "climb",
+    "column_medians",
+    "count_digits",
     "decode_groups",
     "decode_segment",
     "dequantize",
     "encode_segment",
     "finish_plane",
     "isa",
+    "ladder_errors",
     "quantize",
     "segment_layout",
     "select_isa",
     "stream_count",
+    "threads",
 ]

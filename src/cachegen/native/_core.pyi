@@ -51,6 +51,7 @@ def decode_groups(
     refine: Tables,
     ropes: list[tuple[NDArray[Any], float, bool]],
     groups: Sequence[tuple[Any, ...]],
+    threads: int,
 ) -> None: ...
 def finish_plane(
     type: str,
@@ -62,6 +63,22 @@ def finish_plane(
     interleaved: bool,
     exempt: NDArray[Any],
 ) -> None: ...
+def climb(values: NDArray[Any], coarse: NDArray[Any], digits: Sequence[NDArray[Any]]) -> None: ...
+def count_digits(
+    coarse: NDArray[Any],
+    digits: Sequence[NDArray[Any]],
+    counts: NDArray[Any],
+) -> None: ...
+def ladder_errors(
+    values: NDArray[Any],
+    coarse: NDArray[Any],
+    digits: Sequence[NDArray[Any]],
+    classes: NDArray[Any],
+    offsets: NDArray[Any],
+    stride: int,
+    errors: NDArray[Any],
+) -> None: ...
+def column_medians(values: NDArray[Any], out: NDArray[Any]) -> None: ...
 def isa() -> str: ...
 def select_isa(isa: str) -> None: ...
 def available_isas() -> list[str]: ...

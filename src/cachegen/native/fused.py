@@ -16,6 +16,7 @@ from cachegen.errors import ConfigError, GeometryError
 from cachegen.native import _core
 from cachegen.native._checks import Array, Symbols
 from cachegen.native._tables import Tables
+from cachegen.native.threads import threads
 from cachegen.types import KVDtype, RopeSpec
 
 SKIPPED = np.iinfo(np.int64).min
@@ -105,7 +106,7 @@ def decode_groups(
         for frequencies, scale in zip(rope.frequencies, rope.attention_scale, strict=True):
             kinds.append((np.asarray(frequencies, np.float32), float(scale), rope.interleaved))
     _core.decode_groups(
-        dtype.label, stored.label, passes, coarse._core, refine._core, kinds, groups
+        dtype.label, stored.label, passes, coarse._core, refine._core, kinds, groups, threads()
     )
 
 

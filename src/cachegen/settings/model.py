@@ -30,6 +30,7 @@ class Settings:
     min_hit_tokens: hits of fewer tokens are not loaded.
     tenant: salt that keeps the keys of tenants apart.
     load_threads, save_threads: calls at once. backlog_bytes: copies that may wait to be saved.
+    metrics_folder: where a connector leaves its counters for ``cachegen exporter``; None: nowhere.
     sources: for each field that was set, where; see ``source``.
     notes: what was said and has no effect, with the reason.
     Raises: ConfigError for a value that cannot work.
@@ -50,6 +51,7 @@ class Settings:
     load_threads: int = 4
     save_threads: int = 1
     backlog_bytes: int = 1 << 30
+    metrics_folder: str | None = None
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
@@ -184,4 +186,5 @@ _READERS: dict[str, Callable[[object], Any]] = {
     "load_threads": _count,
     "save_threads": _count,
     "backlog_bytes": _size,
+    "metrics_folder": _optional_text,
 }

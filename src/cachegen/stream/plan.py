@@ -74,14 +74,18 @@ class ChunkCurve:
         tokens: int,
         begin_token: int,
         most_steps: int = DEFAULT_STEPS,
+        worst_distortion: float = NOTHING,
     ) -> ChunkCurve:
         """Build from (prefix bytes, relative distortion) pairs of ``relative_distortions``.
 
         Keeps the first point and those on the lower convex hull, at most most_steps of them: what
         lies above the hull is never worth stopping at, and fewer steps are planned faster.
+        worst_distortion: coarser prefixes are of no use to the caller and left out, but for the
+            finest one.
         """
         hull: list[tuple[int, float]] = []
-        for size, distortion in points:
+        listed = list(points)
+        for size, distortion in [p for p in listed if p[1] <= worst_distortion] or listed[-1:]:
             if hull and distortion >= hull[-1][1]:
                 continue
             while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(
@@ -95,7 +99,12 @@ class ChunkCurve:
 
     @classmethod
     def of_header(
-        cls, header: Header, *, begin_token: int, most_steps: int = DEFAULT_STEPS
+        cls,
+        header: Header,
+        *,
+        begin_token: int,
+        most_steps: int = DEFAULT_STEPS,
+        worst_distortion: float = NOTHING,
     ) -> ChunkCurve:
         """Build from the header of a ``progressive`` object. Raises: ConfigError for others."""
         return cls.of_points(
@@ -103,6 +112,7 @@ class ChunkCurve:
             tokens=header.tokens,
             begin_token=begin_token,
             most_steps=most_steps,
+            worst_distortion=worst_distortion,
         )
 
     def distortion_at(self, size_bytes: int) -> float:

@@ -199,12 +199,13 @@ class Pool:
             size, speeds = slice_bytes(window, self._readers), self.speeds.speeds()
             for state in in_turn(list(self._active), self._turn):
                 read = state.next_read(now_s, link=link, speeds=speeds, slice_bytes=size)
+                if state.has_work:
+                    state.has_work = False
+                    self._changed()
                 if read is not None:
                     state.served_turn = self._turn
                     self._turn += 1
                     break
-                if state.is_over:
-                    self._changed()
         if read is None:
             return None
         ahead = self._meter.in_flight_bytes

@@ -93,6 +93,7 @@ class Reading(ABC):
     """Chunks of a request and the reads for them.
 
     chunks: one entry for every key. reads: those under way, oldest first.
+    has_work: set when the policy has left something for a worker; whoever wakes them clears it.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Reading(ABC):
         self.quality = quality
         self.can_recompute = can_recompute
         self.is_over = False
+        self.has_work = False
         self.reads: list[Read] = []
         self.wire_bytes = self.sent_reads = self.hedged_reads = 0
         self.chunks = [
@@ -197,6 +199,7 @@ class Reading(ABC):
             is_new = chunk.stage in (Stage.LOADING, Stage.LOST)
             if is_new:
                 chunk.stage = Stage.RECOMPUTING
+                self.has_work = True
                 self._recompute_began_s = now_s
             return is_new or self._sleep(math.inf, now_s)
         if isinstance(action, HandOver):

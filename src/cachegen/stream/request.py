@@ -231,6 +231,7 @@ class RequestState(Reading):
 
     def _stop_loading(self, now_s: float) -> None:
         """Decode what is here and give up the rest."""
+        self.has_work = True
         for chunk in self.chunks:
             if chunk.stage is Stage.LOADING and chunk.level is not None:
                 chunk.stage = Stage.READY
