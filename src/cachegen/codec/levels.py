@@ -40,7 +40,7 @@ class QualityCurve:
         return self.text * d + self.answers * math.pow(d, self.power)
 
 
-PLAIN_CURVE = QualityCurve(0.0, 30.0, 2.0)
+PLAIN_CURVE = QualityCurve(0.074, 700.0, 16.0)
 PROFILE_CURVE = QualityCurve(0.075, 190.0, 3.5)
 MEASURED_CURVE = QualityCurve(0.066, 0.0, 1.0)
 
