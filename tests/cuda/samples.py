@@ -10,10 +10,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import xxhash
 
 from cachegen.chunk import KVChunk, LayerKV
 from cachegen.codec.cachegen import CacheGenCodec
-from cachegen.codec.container import read_header
+from cachegen.codec.container import SIDE, read_header
 from cachegen.codec.int8 import Int8Codec
 from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.raw import RawCodec
@@ -24,6 +25,7 @@ from cachegen.types import RopeSpec
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden/v1"
 BFLOAT16 = ml_dtypes.bfloat16
+SEGMENT_ENTRY = 20
 
 
 def golden_script() -> Any:
@@ -169,3 +171,26 @@ def assert_close(got: np.ndarray, expected: np.ndarray, *, exact: bool) -> None:
 
 def _bits(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).view(np.uint8)
+
+
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    """Change a byte of a segment and put its checksum, and the header's, right again."""
+    header = read_header(data)
+    segment = header.segments[rng.integers(len(header.segments))]
+    if not segment.length:
+        return data
+    changed = bytearray(data)
+    if segment.kind != SIDE and rng.random() < 0.3:
+        at = int(rng.integers(min(segment.length, 16)))  # the directory
+    else:
+        at = int(rng.integers(segment.length))
+    changed[segment.offset + at] ^= 1 << int(rng.integers(8))
+    index = header.segments.index(segment)
+    table = header.header_bytes - SEGMENT_ENTRY * len(header.segments)
+    body = bytes(changed[segment.offset : segment.offset + segment.length])
+    entry = table + SEGMENT_ENTRY * index
+    changed[entry : entry + 8] = xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
+    changed[16:24] = bytes(8)
+    total = xxhash.xxh3_64_intdigest(bytes(changed[: header.header_bytes]))
+    changed[16:24] = total.to_bytes(8, "little")
+    return bytes(changed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -172,6 +173,7 @@ def make_certificates(folder: Path) -> None:
     openssl(f"x509 -req -in s.csr {signed} -extfile names -out s.crt")
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
 def test_tls(tmp_path: Path) -> None:
     make_certificates(tmp_path)
     files = ["--tls-cert-file", "s.crt", "--tls-key-file", "s.key"]
