@@ -22,9 +22,9 @@ DEFAULT_QUALITY = "balanced"
 
 @dataclass(frozen=True)
 class QualityCurve:
-    """KL in nats/token expected of a relative distortion ``d``: ``text * d + answers * d ** power``.
+    """KL, nats/token, expected of a relative distortion ``d``: ``text * d + answers * d ** power``.
 
-    The upper envelope measured on the reference model (decision 0012). On running text the KL grows
+    Keeps what was measured on the reference model within the names (decision 0012). On running text the KL grows
     with the distortion; at answers that depend on single tokens of the prefix it rises steeply once
     those cannot be told apart. Relative distortion: the error left, as weighted by the encoder,
     over the squared spread of the chunk's centred values.
