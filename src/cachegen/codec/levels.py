@@ -25,9 +25,9 @@ class QualityCurve:
     """KL in nats/token that distortion d leads to: ``text * d + answers * d ** power``.
 
     Keeps what was measured on the reference model within the names (decision 0012). On running text
-    the KL grows with the distortion; at answers that depend on single tokens of the prefix it rises steeply once
-    those cannot be told apart. Relative distortion: the error left, as weighted by the encoder,
-    over the squared spread of the chunk's centred values.
+    the KL grows with the distortion; at answers that depend on single tokens of the prefix it rises
+    steeply once those cannot be told apart. Relative distortion: the error left, as weighted by the
+    encoder, over the squared spread of the chunk's centred values.
     """
 
     text: float
