@@ -28,11 +28,26 @@ BFLOAT16 = ml_dtypes.bfloat16
 SEGMENT_ENTRY = 20
 
 
+GOLDEN_NAMES = sorted(path.stem for path in GOLDEN.glob("*.cgen"))
+
+
 def golden_script() -> Any:
     spec = importlib.util.spec_from_file_location("make_golden", ROOT / "scripts/make_golden.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def golden_sample(name: str) -> Sample:
+    """Return a golden object with the profile that it needs."""
+    script = golden_script()
+    data = (GOLDEN / f"{name}.cgen").read_bytes()
+    header, profile = read_header(data), None
+    if header.profile is not None and header.codec_id == ProgressiveCodec.codec_id:
+        profile = Profile.load(GOLDEN / script.PROFILE)
+    elif header.profile is not None:
+        profile = script.codecs()[name].profile
+    return Sample(name, data, profile)
 
 
 def draw_kv(

@@ -20,13 +20,13 @@ from cachegen.native.cuda.device import CudaDevice
 sys.path.insert(0, str(Path(__file__).parent))
 from samples import (
     BFLOAT16,
-    GOLDEN,
+    GOLDEN_NAMES,
     Sample,
     assert_close,
     damaged,
     draw_kv,
     empty_like,
-    golden_script,
+    golden_sample,
     profiled,
     samples,
     with_rope,
@@ -51,14 +51,9 @@ def check(sample: Sample) -> None:
         assert_close(as_numpy(values), layer.values, exact=exact)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in GOLDEN.glob("*.cgen")))
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_golden_objects(real: CudaDevice, name: str) -> None:
-    data = (GOLDEN / f"{name}.cgen").read_bytes()
-    profile = getattr(golden_script().codecs()[name], "profile", None)
-    out = on_device(empty_like(decode(data, profile=profile)))
-    decode(data, out=out, profile=profile)
-    stored = b"".join(as_numpy(plane).tobytes() for pair in out for plane in pair)
-    assert stored == (GOLDEN / f"{name}.decoded").read_bytes()
+    check(golden_sample(name))
 
 
 @pytest.mark.parametrize("sample", ALL, ids=lambda sample: sample.name)
