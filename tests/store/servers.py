@@ -131,4 +131,3 @@ def redis_cluster(folder: Path, nodes: int = 2) -> Iterator[int]:
         for client in clients:
             client.close()
         yield ports[0]
-
