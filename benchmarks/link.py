@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cachegen.bench.coding import at_quality, encode_all, round_trip
-from cachegen.bench.demo import find_profile
+from cachegen.bench.coding import at_quality, encode_all, find_profile, round_trip
 from cachegen.bench.prompts import Workload, load_workload, measure_quality
 from cachegen.bench.report import environment, format_cell, load_pyplot, save_figure, write_json
 from cachegen.bench.shaped_link import ShapedLink, missing, shaped_link, start_redis

@@ -325,7 +325,7 @@ class Saver:
         self._counters = counters
         self._lock = threading.Lock()
         self._backlog_bytes = 0
-        self._threads = ThreadPoolExecutor(settings.save_threads, "cachegen-save", _yield_the_cpu)
+        self._threads = ThreadPoolExecutor(settings.save_threads, "cachegen-save")
 
     @property
     def has_room(self) -> bool:
@@ -391,12 +391,3 @@ def names_of(
         chunk_keys(namespace, [chain], coder_label)[0] for namespace in namespaces
     ]
     return [key.name for key in keys]
-
-
-def _yield_the_cpu() -> None:
-    """Let the engine's threads go first: saving is never urgent."""
-    import os
-
-    if hasattr(os, "setpriority"):
-        # Linux gives every thread a niceness of its own.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -71,8 +71,9 @@ class _Track:
 class Tracker:
     """Follows requests from arrival to end.
 
-    lookup: None to load nothing. saves: False to save nothing. is_exact: whether what is loaded
-        equals what was saved; if not, blocks that it fills are never saved.
+    loads, saves: False to load or to save nothing; ``saves`` may be changed at any time.
+    is_exact: whether what is loaded equals what was saved; if not, blocks that it fills are never
+        saved.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Tracker:
         self._settings = settings
         self._counters = counters
         self._loads = loads
-        self._saves = saves
+        self.saves = saves
         self._is_exact = is_exact
         self._tracks: dict[str, _Track] = {}
         self._inexact_blocks: set[int] = set()
@@ -126,12 +127,14 @@ class Tracker:
         request is left to compute.
         """
         track = self._tracks.get(request_id)
-        if track is None or track.question is None or not self._loads:
+        if track is None:
+            return 0
+        track.local_tokens = local_tokens
+        if track.question is None or not self._loads:
             return 0
         chunks = self._lookup.answer(track.question)
         if chunks is None:
             return None
-        track.local_tokens = local_tokens
         if track.barred is not None:
             chunks = min(chunks, track.barred)
         found = min(chunks * self._settings.chunk_tokens, len(track.tokens) - 1)
@@ -238,7 +241,7 @@ class Tracker:
     def _due(self, track: _Track, reached: int) -> tuple[Piece, ...]:
         """Return the chunks that are whole in the cache now and not yet saved."""
         whole = reached // self._settings.chunk_tokens
-        if not self._saves or whole <= track.next_save:
+        if not self.saves or whole <= track.next_save:
             return ()
         if len(track.chains) < whole:
             tokens = list(track.tokens[: whole * self._settings.chunk_tokens])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from cachegen.codec.container import VERSION
 from cachegen.errors import UnsupportedModelError
 from cachegen.store.keys import namespace_digest
 from cachegen.types import Geometry, KVDtype, RopeSpec
+
+logger = logging.getLogger("vllm.cachegen")
 
 _PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "half", "float")
 
@@ -162,57 +165,19 @@ def slice_rope(rope: RopeSpec, layers: tuple[int, int]) -> RopeSpec:
 
 
 def rope_of(config: Any) -> RopeSpec | None:
-    """Measure the RoPE of a model on a small random twin with the same rotary modules.
+    """Measure the RoPE of a model from its transformers configuration.
 
-    config: transformers configuration. Returns: None where there is none, where it depends on the
-        length of the prompt, or where transformers does not know the model: keys are stored as
-        rotated then, which is right but larger.
+    Returns: None where there is none, where it depends on the length of the prompt, or where
+        transformers does not know the model: keys are stored as rotated then, which is right but
+        larger.
     """
     try:
-        import torch
-        from transformers import AutoModelForCausalLM
+        from cachegen.hf.twin import rope_of_config
 
-        from cachegen.hf.rope import depends_on_length, rope_spec
-
-        small = _shrunk(config)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            make: Any = AutoModelForCausalLM.from_config
-            twin = make(small).float().eval()
-        if depends_on_length(twin):
-            return None
-        return rope_spec(twin)
-    except Exception as error:
-        import logging
-
-        logging.getLogger("vllm.cachegen").warning("RoPE of the model is not known: %s", error)
+        return rope_of_config(config)
+    except Exception as error:  # whatever a model's own code raises
+        logger.warning("RoPE of the model is not known: %s", error)
         return None
-
-
-def _shrunk(config: Any) -> Any:
-    """Return the configuration of a narrow model with the same rotation and number of layers."""
-    small = copy.deepcopy(config)
-    heads = int(config.num_attention_heads)
-    head_dim = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
-    changes = {
-        "head_dim": head_dim,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "hidden_size": head_dim,
-        "intermediate_size": 16,
-        "vocab_size": 64,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "num_experts": 2,
-        "num_local_experts": 2,
-        "moe_intermediate_size": 16,
-    }
-    for name, value in changes.items():
-        if hasattr(small, name):
-            setattr(small, name, value)
-    small.head_dim = head_dim
-    return small
 
 
 def fingerprint_of(vllm_config: Any) -> bytes:
