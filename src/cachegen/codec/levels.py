@@ -40,7 +40,8 @@ class QualityCurve:
         return self.text * d + self.answers * math.pow(d, self.power)
 
 
-PLAIN_CURVE = QualityCurve(0.074, 700.0, 16.0)
+# Wider than the envelope: without a profile nothing is known of the model.
+PLAIN_CURVE = QualityCurve(0.075, 0.95, 2.6)
 PROFILE_CURVE = QualityCurve(0.075, 190.0, 3.5)
 MEASURED_CURVE = QualityCurve(0.066, 0.0, 1.0)
 
