@@ -24,10 +24,10 @@ DEFAULT_QUALITY = "balanced"
 class QualityCurve:
     """KL in nats/token that distortion d leads to: ``text * d + answers * d ** power``.
 
-    The upper envelope measured on the reference model (decision 0012). On running text the KL grows
-    with the distortion; at answers that depend on single tokens of the prefix it rises steeply once
-    those cannot be told apart. Relative distortion: the error left, as weighted by the encoder,
-    over the squared spread of the chunk's centred values.
+    Keeps what was measured on the reference model within the names (decision 0012). On running text
+    the KL grows with the distortion; at answers that depend on single tokens of the prefix it rises
+    steeply once those cannot be told apart. Relative distortion: the error left, as weighted by the
+    encoder, over the squared spread of the chunk's centred values.
     """
 
     text: float
