@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH_ARGS ?=
 UV := $(shell command -v uv 2>/dev/null)
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' 2>/dev/null)
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 BANDWIDTH ?= 100Mbps
 # Chunk sizes beside 256 concern those that work in chunks.
 PEERS := --texts 8 --chunk-tokens 256 --chunk-tokens 64 --chunk-tokens 1024 \
@@ -17,10 +17,10 @@ PEERS := --texts 8 --chunk-tokens 256 --chunk-tokens 64 --chunk-tokens 1024 \
   --codec h2o --codec h2o+progressive:profile=true --codec h2o+progressive:profile=false \
   --codec h2o+int8 --codec h2o+cachegen-lmcache --codec h2o+cachegen-paper --codec h2o+kvtc
 
-.PHONY: demo test test-vllm check format lint types sanitize results clean help
+.PHONY: demo test test-vllm check format lint types sanitize neon results clean help
 
 help:
-	@echo "make demo | test | test-vllm | check | format | lint | types | sanitize | results | clean"
+	@echo "make demo | test | test-vllm | check | format | lint | types | sanitize | neon | results | clean"
 
 demo: $(VENV)/.installed
 	@$(BIN)/cachegen demo --bandwidth $(BANDWIDTH)
@@ -52,6 +52,10 @@ types: $(VENV)/.installed
 
 sanitize: $(VENV)/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash csrc/fuzz/run.sh
+
+# The NEON kernels, cross-compiled and run under qemu-user; skipped where the tools are missing.
+neon: $(VENV)/.installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash csrc/fuzz/neon.sh
 
 # The committed figures behind the README's tables and charts.
 results: $(VENV)/.installed

@@ -11,8 +11,10 @@ and a step of its own. Its index is billed at the entropy under the continuous d
 the tables, the best one for each channel, which no coder of theirs beats; its framing is that of a
 real object of one pass. Real objects of one pass are compared with where they hold every value.
 
-Prefixes that end a pass of all groups are what nesting alone costs. Between them some groups are
-refined and others are not, and that mixture is dearer than a step in between whatever the coder.
+Every prefix carries the header of the whole object, its segment table above all; payload alone is
+compared as well, which leaves what nesting itself costs. That is for prefixes that end a pass of
+all groups. Between them some groups are refined and others are not, and that mixture is dearer than
+a step in between whatever the coder.
 
 Data: captured KV of the reference model, and synthetic KV of a 32 x 8 x 128 model, each channel
 with mean, spread and shape of a channel of the reference model, independent from token to token.
@@ -42,8 +44,8 @@ from cachegen.bench.report import environment, write_json
 from cachegen.bench.workload import Sizes, load_workload
 from cachegen.chunk import KVChunk, LayerKV
 from cachegen.codec.basis import group_matrix
-from cachegen.codec.container import read_header
-from cachegen.codec.header import Group
+from cachegen.codec.container import SIDE, read_header
+from cachegen.codec.header import Group, Segment
 from cachegen.codec.ladder import (
     BASE_DEVIATION,
     CLASSES,
@@ -52,14 +54,7 @@ from cachegen.codec.ladder import (
     LOWEST_ROW,
     centroid,
 )
-from cachegen.codec.levels import relative_distortions
-from cachegen.codec.progressive import (
-    DEFAULT_PASSES,
-    DEFAULT_PROFILE_STEP,
-    DEFAULT_STEP,
-    ProgressiveCodec,
-    spread_of,
-)
+from cachegen.codec.progressive import ProgressiveCodec, spread_of, unpack_params
 from cachegen.hf.load import load_model
 from cachegen.profile import Profile
 
@@ -67,8 +62,8 @@ MODEL = Path(__file__).parents[1] / "models/reference"
 CHUNK_TOKENS = 256
 LAYERS, HEADS, DIM = 32, 8, 128
 CURVE_LAYERS = 2
-STEPS = 14
-POINTS = 24
+STEPS = 11
+POINTS = 20
 DECAYS = (0.0, 0.5, 1.0, 1.5)
 SHAPES = (0.7, 1.0, 2.0)
 SEED = 20261121
@@ -135,28 +130,38 @@ def synthetic(kv: KVChunk, layers: int, *, seed: int = SEED) -> KVChunk:
 
 @dataclass(frozen=True)
 class Truncation:
-    """A prefix of objects that are read alike. is_pass_end: every group has as many passes."""
+    """A prefix of objects that are read alike.
+
+    distortion: squared error left over the energy, every group counting the same.
+    is_pass_end: every group has as many passes.
+    """
 
     size_bytes: float
+    payload_bytes: float
     distortion: float
     is_pass_end: bool
 
 
-def truncations(objects: Sequence[bytes]) -> list[Truncation]:
-    """Return the prefixes of objects of one chunk size: one for each slope they are cut at."""
+def truncations(objects: Sequence[bytes], weights: Sequence[float]) -> list[Truncation]:
+    """Return the prefixes of objects of one chunk size: one for each slope they are cut at.
+
+    weights: what the objects count the squared errors of their groups; taken off again here.
+    """
     headers = [read_header(data, max_decoded_bytes=1 << 62) for data in objects]
     result = []
     for _, lengths in SlopeCuts(POINTS)(objects):
-        left, ends = [], []
-        for header, length in zip(headers, lengths, strict=True):
-            left.append([d for size, d in relative_distortions(header) if size <= length][-1])
-            read = [0] * len(header.groups)
+        left, passes, payload = [], [], 0
+        for data, header, length in zip(objects, headers, lengths, strict=True):
+            read: dict[int, Segment] = {}
             for segment in header.segments:
-                if segment.offset + segment.length <= length:
-                    read[segment.group] = segment.pass_index
-            ends.append(set(read))
-        is_end = len(set.union(*ends)) == 1
-        result.append(Truncation(float(sum(lengths)), float(np.mean(left)), is_end))
+                if segment.kind != SIDE and segment.offset + segment.length <= length:
+                    read[segment.group] = segment
+            errors = [segment.distortion / weights[group] for group, segment in read.items()]
+            left.append(math.fsum(errors) / (header.value_count * spread_of(header) ** 2))
+            passes += [segment.pass_index for segment in read.values()]
+            payload += bill_of(data[:length]).payload_bytes
+        size, is_end = float(sum(lengths)), len(set(passes)) == 1
+        result.append(Truncation(size, float(payload), float(np.mean(left)), is_end))
     return list(dict.fromkeys(result))
 
 
@@ -228,7 +233,8 @@ def aimed_curves(
         for chunk in chunks
     ]
     side = sum(bill.side_bytes + bill.exempt_bytes for bill in map(bill_of, coarse))
-    curves: dict[str, Curve] = {"real": [], "ideal": []}
+    weights = parts[0].basis.error_weights()
+    curves: dict[str, Curve] = {"real": [], "ideal": [], "payload": []}
     for step in steps:
         bits, left = 0.0, []
         for part, header in zip(parts, headers, strict=True):
@@ -237,10 +243,11 @@ def aimed_curves(
             bits += coded
             left.append(error / (header.value_count * spread**2))
         curves["ideal"].append((side + bits / 8, float(np.mean(left))))
+        curves["payload"].append((bits / 8, float(np.mean(left))))
         codec = ProgressiveCodec(passes=1, step=float(step), profile=profile)
         real = [codec.encode(chunk) for chunk in chunks]
         if sum(bill.exempt_bytes for bill in map(bill_of, real)) == fixed:
-            last = truncations(real)[-1]
+            last = truncations(real, weights)[-1]
             curves["real"].append((last.size_bytes, last.distortion))
     return curves
 
@@ -257,15 +264,19 @@ def size_at(curve: Curve, left: float) -> float | None:
 
 def embedding(name: str, chunks: Sequence[KVChunk], profile: Profile | None) -> dict[str, Any]:
     """Compare every prefix of full objects with encoders aimed at its distortion."""
-    finest = DEFAULT_PROFILE_STEP if profile else DEFAULT_STEP
     codec = ProgressiveCodec(profile=profile)
     objects = [codec.encode(chunk) for chunk in chunks]
-    coarsest = finest * 3 ** (codec.passes - 1)
+    header = read_header(objects[0], max_decoded_bytes=1 << 62)
+    finest = unpack_params(header)[0] / spread_of(header)
+    coarsest = finest * 3 ** (header.passes - 1)
     steps = np.geomspace(finest / 1.4, coarsest * 1.4, STEPS)
     curves = aimed_curves(chunks, profile, objects, steps)
+    payload_curve = curves.pop("payload")
     values = sum(chunk.value_count for chunk in chunks)
     points = []
-    for point in truncations(objects):
+    weights = Coefficients.of(chunks[0], profile).basis.error_weights()
+    for point in truncations(objects, weights):
+        payload = size_at(payload_curve, point.distortion)
         sizes = {kind: size_at(curve, point.distortion) for kind, curve in curves.items()}
         percent = {
             f"percent_above_{kind}": None if size is None else 100 * (point.size_bytes / size - 1)
@@ -278,18 +289,24 @@ def embedding(name: str, chunks: Sequence[KVChunk], profile: Profile | None) -> 
                     "relative_distortion": point.distortion,
                     "is_pass_end": point.is_pass_end,
                     **percent,
+                    "payload_percent_above_ideal": None
+                    if payload is None
+                    else 100 * (point.payload_bytes / payload - 1),
                 }
             )
+    bare = [point["payload_percent_above_ideal"] for point in points if point["is_pass_end"]]
     ends = [point["percent_above_ideal"] for point in points if point["is_pass_end"]]
     between = [point["percent_above_ideal"] for point in points if not point["is_pass_end"]]
     return {
         "data": name,
         "profile": profile is not None,
         "chunks": len(chunks),
-        "passes": codec.passes,
+        "passes": header.passes,
         "full_bits_per_value": points[-1]["bits_per_value"],
         "full_percent_above_ideal": ends[-1],
         "worst_pass_end_percent": max(ends),
+        "full_payload_percent_above_ideal": bare[-1],
+        "worst_pass_end_payload_percent": max(bare),
         "worst_between_percent": max(between, default=None),
         "met": {"full": ends[-1] <= MAX_FULL_PERCENT, "ends": max(ends) <= MAX_POINT_PERCENT},
         "points": points,
@@ -354,13 +371,13 @@ def main() -> None:
             f"{row['data']}, profile {row['profile']}: "
             f"full {row['full_percent_above_ideal']:+.2f} %, "
             f"worst end of a pass {row['worst_pass_end_percent']:+.2f} %, "
+            f"their payload alone {row['worst_pass_end_payload_percent']:+.2f} %, "
             f"worst between {'-' if between is None else format(between, '+.2f')} %"
         )
     side = side_information(synthetic(kv, LAYERS))
     console.print(f"side information, 32 x 8 x 128: {side['side_bits_per_value']:.4f} bit/value")
     words = ["python", "benchmarks/embedding.py", "--json", arguments.json.name]
     result = {
-        "default_passes": DEFAULT_PASSES,
         "embedding": rows,
         "side_information": side,
         **environment(words),

@@ -74,6 +74,13 @@ void decode(const Vector<const uint8_t>& body, const Array<const uint16_t>& mode
     decode_segment({body.data(), body.size()}, coding, first, count, out.data());
 }
 
+void verify(const Vector<const uint8_t>& body, uint64_t tokens, uint64_t channels,
+            const Array<const uint16_t>& models, const Tables& tables) {
+    const Coding coding = make_coding(tokens, channels, tables, models, {}, {});
+    nb::gil_scoped_release release;
+    decode_segment({body.data(), body.size()}, coding, 0, ~uint64_t{0}, nullptr);
+}
+
 nb::list layout(const Vector<const uint8_t>& body, uint64_t tokens, uint64_t channels,
                 const std::optional<Vector<const uint8_t>>& shifts) {
     require(channels == 0 || tokens <= Shape::kMaxSymbols / channels, "symbol matrix");
@@ -188,6 +195,8 @@ NB_MODULE(_core, m) {
     m.def("decode_segment", decode, "body"_a.noconvert(), "models"_a.noconvert(), "tables"_a,
           "shifts"_a.none().noconvert(), "contexts"_a.none().noconvert(), "first"_a, "count"_a,
           "out"_a.noconvert());
+    m.def("verify_segment", verify, "body"_a.noconvert(), "tokens"_a, "channels"_a,
+          "models"_a.noconvert(), "tables"_a);
     m.def("segment_layout", layout, "body"_a.noconvert(), "tokens"_a, "channels"_a,
           "shifts"_a.none().noconvert());
 

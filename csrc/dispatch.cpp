@@ -41,6 +41,9 @@ const std::vector<const Kernels*>& backends() {
         &kAvx2Kernels,
         &kAvx512Kernels,
 #endif
+#if CACHEGEN_NEON_KERNELS
+        &kNeonKernels,
+#endif
     };
     return all;
 }

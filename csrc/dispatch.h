@@ -132,6 +132,10 @@ bool has_avx2();
 bool has_avx512();
 #endif
 
+#if CACHEGEN_NEON_KERNELS
+extern const Kernels kNeonKernels;
+#endif
+
 // The portable encoder, for backends without one of their own.
 void encode_run_scalar(const InverseTable* tables, unsigned buckets, EncodeRun& run, size_t steps);
 

@@ -35,7 +35,7 @@ std::vector<uint8_t> encode_segment(const uint8_t* symbols, const Coding& coding
                                     uint64_t stream_steps);
 
 // Decodes the streams [first, first + count) into `symbols`, T x C bytes, and leaves all other
-// bytes alone; count is cut to what exists. Throws Error: Truncated or Corrupt, after which
+// bytes alone; count is cut to what exists. With null nothing is kept, but all is checked. Throws Error: Truncated or Corrupt, after which
 // `symbols` holds anything.
 void decode_segment(std::span<const uint8_t> body, const Coding& coding, uint64_t first,
                     uint64_t count, uint8_t* symbols);

@@ -53,7 +53,8 @@ public:
         if (coding_->tables.any_escape()) add_escapes(steps);
         if (!coding_->shifts.empty()) add_raw_bits(steps);
         const BlockRows rows(coding_->shape, step_);
-        kernels().scatter(block_.bytes, steps, symbols + rows.begin, rows.stride, rows.lanes);
+        if (symbols)
+            kernels().scatter(block_.bytes, steps, symbols + rows.begin, rows.stride, rows.lanes);
         step_ += steps;
     }
 

@@ -3,6 +3,7 @@
 #include <bit>
 #include <cstring>
 
+#include "block_portable.h"
 #include "dispatch.h"
 #include "ladder_rows.h"
 #include "ladder_encode_rows.h"
@@ -86,23 +87,6 @@ void decode_runs(const AliasTable* tables, unsigned buckets, DecodeRun* const* r
             default: decode_run<32>(tables, *runs[i], steps);
         }
     }
-}
-
-// ---- Blocks and rows ---------------------------------------------------------------------------
-
-void scatter(const uint8_t* block, size_t steps, uint8_t* first_row, size_t stride,
-             unsigned lanes) {
-    for (unsigned lane = 0; lane < lanes; ++lane)
-        for (size_t step = 0; step < steps; ++step)
-            first_row[lane * stride + step] = block[step * kLanes + lane];
-}
-
-void gather(const uint8_t* first_row, size_t stride, unsigned lanes, size_t steps,
-            uint8_t* block) {
-    if (lanes < kLanes) std::memset(block, 0, steps * kLanes);
-    for (unsigned lane = 0; lane < lanes; ++lane)
-        for (size_t step = 0; step < steps; ++step)
-            block[step * kLanes + lane] = first_row[lane * stride + step];
 }
 
 // ---- Encoding ----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cachegen.bench import demo, prompts
+from cachegen.bench.coding import find_profile
 from cachegen.bench.report import demo_link, demo_markdown, plot_demo, write_json
 from cachegen.errors import InputError
 from cachegen.store.memory import MemoryStore
@@ -81,10 +82,10 @@ def test_stores_policies_and_traces(tmp_path: Path) -> None:
 
 
 def test_profiles(tmp_path: Path) -> None:
-    assert demo.find_profile(MODEL, "none") is None
-    assert demo.find_profile(tmp_path) is None
+    assert find_profile(MODEL, "none") is None
+    assert find_profile(tmp_path) is None
     with pytest.raises(FileNotFoundError):
-        demo.find_profile(MODEL, str(tmp_path / "none.safetensors"))
+        find_profile(MODEL, str(tmp_path / "none.safetensors"))
     assert demo_link({"bandwidth_bytes_per_s": None}) == "from the store as it is"
 
 

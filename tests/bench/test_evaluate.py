@@ -199,7 +199,7 @@ def test_bd_rates_say_why_there_is_none(result: dict[str, Any]) -> None:
     every = bd_rates(result["rows"])
     assert {rate["quality"] for rate in every} == {"text", "answers"}
     rates = {rate["peer"]: rate for rate in every if rate["quality"] == "text"}
-    assert list(rates) == ["raw", "int8", "turboquant", "kivi-no-window", "h2o"]
+    assert list(rates) == ["raw", "int8", "turboquant", "kivi-no-window"]  # and not h2o
     assert rates["raw"]["percent"] is None
     assert "at least 2" in rates["raw"]["reason"]
     curves = {curve.name: curve for curve in curves_of(result["rows"])}
@@ -209,7 +209,8 @@ def test_bd_rates_say_why_there_is_none(result: dict[str, Any]) -> None:
                 bd_rate(curves["cachegen"], curves[name])
         else:
             assert rate["interval"][0] <= rate["interval"][1]
-            assert rate["percent"] == bd_rate(curves["cachegen"], curves[name]).percent
+            again = bd_rate(curves["cachegen"], curves[name], resamples=10)
+            assert rate["percent"] == again.percent
             assert rate["worst_percent"] >= rate["percent"]
     assert curves["cachegen"].size.shape == (3, 3)
 

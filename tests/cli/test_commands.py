@@ -50,6 +50,7 @@ def kv_file(tmp_path: Path, make_kv) -> Path:
     "settings",
     [
         ("--codec", "raw"),
+        ("--codec", "lossless"),
         ("--codec", "int8"),
         ("--codec", "progressive"),
         ("--codec", "cachegen", "--level", "1", "--delta", "anchor", "--tables", "parametric"),

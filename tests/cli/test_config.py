@@ -99,7 +99,7 @@ def test_stores_that_misbehave(kind: type[MemoryStore], expected: str) -> None:
 
 def test_keys_that_depend_on_the_process_are_found() -> None:
     with mock.patch.object(doctor, "sample_keys", lambda: "other"):
-        assert "they differ" in run("doctor", "memory://", code=1).stdout
+        assert "they differ by process" in run("doctor", "memory://", code=1).stdout
 
 
 def test_the_second_process_reads_for_itself(tmp_path: Path) -> None:

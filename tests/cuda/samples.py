@@ -10,10 +10,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import xxhash
 
 from cachegen.chunk import KVChunk, LayerKV
 from cachegen.codec.cachegen import CacheGenCodec
-from cachegen.codec.container import read_header
+from cachegen.codec.container import SIDE, read_header
 from cachegen.codec.int8 import Int8Codec
 from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.raw import RawCodec
@@ -24,6 +25,10 @@ from cachegen.types import RopeSpec
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden/v1"
 BFLOAT16 = ml_dtypes.bfloat16
+SEGMENT_ENTRY = 20
+
+
+GOLDEN_NAMES = sorted(path.stem for path in GOLDEN.glob("*.cgen"))
 
 
 def golden_script() -> Any:
@@ -31,6 +36,18 @@ def golden_script() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def golden_sample(name: str) -> Sample:
+    """Return a golden object with the profile that it needs."""
+    script = golden_script()
+    data = (GOLDEN / f"{name}.cgen").read_bytes()
+    header, profile = read_header(data), None
+    if header.profile is not None and header.codec_id == ProgressiveCodec.codec_id:
+        profile = Profile.load(GOLDEN / script.PROFILE)
+    elif header.profile is not None:
+        profile = script.codecs()[name].profile
+    return Sample(name, data, profile)
 
 
 def draw_kv(
@@ -169,3 +186,26 @@ def assert_close(got: np.ndarray, expected: np.ndarray, *, exact: bool) -> None:
 
 def _bits(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).view(np.uint8)
+
+
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    """Change a byte of a segment and put its checksum, and the header's, right again."""
+    header = read_header(data)
+    segment = header.segments[rng.integers(len(header.segments))]
+    if not segment.length:
+        return data
+    changed = bytearray(data)
+    if segment.kind != SIDE and rng.random() < 0.3:
+        at = int(rng.integers(min(segment.length, 16)))  # the directory
+    else:
+        at = int(rng.integers(segment.length))
+    changed[segment.offset + at] ^= 1 << int(rng.integers(8))
+    index = header.segments.index(segment)
+    table = header.header_bytes - SEGMENT_ENTRY * len(header.segments)
+    body = bytes(changed[segment.offset : segment.offset + segment.length])
+    entry = table + SEGMENT_ENTRY * index
+    changed[entry : entry + 8] = xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
+    changed[16:24] = bytes(8)
+    total = xxhash.xxh3_64_intdigest(bytes(changed[: header.header_bytes]))
+    changed[16:24] = total.to_bytes(8, "little")
+    return bytes(changed)

@@ -22,10 +22,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from samples import (
     BFLOAT16,
     GOLDEN,
+    GOLDEN_NAMES,
     Sample,
     assert_close,
     draw_kv,
     empty_like,
+    golden_sample,
     golden_script,
     partial,
     profiled,
@@ -56,13 +58,15 @@ def check(device: EmulatedDevice, sample: Sample, *, fallbacks: int = 0) -> None
         assert_close(values, layer.values, exact=exact)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in GOLDEN.glob("*.cgen")))
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_golden_objects(emulated: EmulatedDevice, name: str) -> None:
-    script = golden_script()
-    data = (GOLDEN / f"{name}.cgen").read_bytes()
-    profile = getattr(script.codecs()[name], "profile", None)
-    out = empty_like(decode(data, profile=profile))
-    gpu.decode(data, out=out, key=script.key(), profile=profile, device=emulated)
+    sample = golden_sample(name)
+    check(emulated, sample, fallbacks=int(name == "lossless"))
+    if name.startswith("progressive"):
+        return
+    out = empty_like(sample.expected())
+    key = golden_script().key()
+    gpu.decode(sample.data, out=out, key=key, profile=sample.profile, device=emulated)
     stored = b"".join(plane.tobytes() for pair in out for plane in pair)
     assert stored == (GOLDEN / f"{name}.decoded").read_bytes()
 

@@ -9,43 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import xxhash
 
 from cachegen.chunk import KVChunk
 from cachegen.codec import gpu
-from cachegen.codec.container import SIDE, read_header
+from cachegen.codec.container import read_header
 from cachegen.codec.registry import decode
 from cachegen.errors import FormatError
 from cachegen.native.cuda import emulation
 from cachegen.native.cuda.emulation import EmulatedDevice
 
 sys.path.insert(0, str(Path(__file__).parent))
-from samples import Sample, assert_close, empty_like, profiled, samples
-
-SEGMENT_ENTRY = 20
-
-
-def damaged(data: bytes, rng: np.random.Generator) -> bytes:
-    """Change a byte of a segment and put its checksum, and the header's, right again."""
-    header = read_header(data)
-    segment = header.segments[rng.integers(len(header.segments))]
-    if not segment.length:
-        return data
-    changed = bytearray(data)
-    if segment.kind != SIDE and rng.random() < 0.3:
-        at = int(rng.integers(min(segment.length, 16)))  # the directory
-    else:
-        at = int(rng.integers(segment.length))
-    changed[segment.offset + at] ^= 1 << int(rng.integers(8))
-    index = header.segments.index(segment)
-    table = header.header_bytes - SEGMENT_ENTRY * len(header.segments)
-    body = bytes(changed[segment.offset : segment.offset + segment.length])
-    entry = table + SEGMENT_ENTRY * index
-    changed[entry : entry + 8] = xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
-    changed[16:24] = bytes(8)
-    total = xxhash.xxh3_64_intdigest(bytes(changed[: header.header_bytes]))
-    changed[16:24] = total.to_bytes(8, "little")
-    return bytes(changed)
+from samples import Sample, assert_close, damaged, empty_like, profiled, samples
 
 
 def outcome(sample: Sample) -> KVChunk | FormatError:

@@ -78,7 +78,7 @@ def test_waiting_for_the_lock_of_a_local_store_ends_at_the_deadline(tmp_path: Pa
     try:
         with deadline(0.05), pytest.raises(StoreTimeoutError, match="lock"):
             store.put("a", b"x")
-        assert time.monotonic() - begin < 0.15
+        assert time.monotonic() - begin < 2.0
     finally:
         release.set()
         thread.join()

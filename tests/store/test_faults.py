@@ -242,13 +242,13 @@ def test_a_stream_hands_over_what_came_before_the_stall(
     proxy.drop_connections()
     received = b""
     begin = time.monotonic()
-    with deadline(0.4):
+    with deadline(1.0):
         stream = store.get_stream(NAME, slice_bytes=4096)
         assert stream is not None
         with pytest.raises(StoreTimeoutError):
             for part in stream:
                 received += part
-    assert time.monotonic() - begin < 1.0
+    assert time.monotonic() - begin < 3.0
     assert 40_000 <= len(received) <= 50_000
     assert value.startswith(received)
 
@@ -286,16 +286,16 @@ def test_a_circuit_spares_a_store_that_is_down(
         with pytest.raises(StoreUnavailableError, match="failures in a row") as caught:
             quick.get(NAME)
         assert caught.value.reason == "circuit_open"
-    assert time.monotonic() - begin < 0.2
+    assert time.monotonic() - begin < 1.5
     proxy.fault = None
-    time.sleep(0.25)
+    time.sleep(2.0)
     assert quick.get(NAME) == value
     assert quick.stats()["refused"] == 100
 
 
 def cachegen_policy() -> BreakerPolicy:
 
-    return BreakerPolicy(failures=3, pause_s=0.2)
+    return BreakerPolicy(failures=3, pause_s=2.0)
 
 
 def test_a_server_that_is_killed_and_comes_back(value: bytes, tmp_path: Path) -> None:

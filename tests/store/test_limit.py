@@ -1,3 +1,4 @@
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -210,3 +211,22 @@ def test_parse_bandwidth(text: str, rate: float) -> None:
 def test_bad_bandwidth_names_the_units(text: str) -> None:
     with pytest.raises(ConfigError, match="bandwidth"):
         parse_bandwidth(text)
+
+
+def test_a_rate_that_changes() -> None:
+    """Half of the bytes at the first rate, half at a third of it."""
+    inner = MemoryStore()
+    inner.put("a", bytes(MB))
+
+    def schedule(time_s: float) -> tuple[float, float]:
+        return (10 * MB, 0.05) if time_s < 0.05 else (10 * MB / 3, math.inf)
+
+    store = RateLimitedStore(inner, 10 * MB, burst_bytes=0, schedule=schedule)
+    for _ in range(2):
+        store.restart()
+        begin = time.perf_counter()
+        store.get("a")
+        assert time.perf_counter() - begin >= 0.05 + 0.15 - 0.001
+    link = RateLimitedStore(inner, 10 * MB, burst_bytes=0, schedule=schedule)._link
+    due = link.reserve(MB, None)
+    assert due - link._began == pytest.approx(0.2, abs=0.005)

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -241,6 +243,21 @@ def test_a_forked_child_has_a_queue_of_its_own(tmp_path: Path) -> None:
         os._exit(0 if store.close(10) else 1)
     assert os.waitpid(pid, 0)[1] == 0
     assert store.get("child") == b"value"
+
+
+def test_a_process_that_ends_writes_what_waits(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\n"
+        "from cachegen.store import LocalStore, MemoryStore, TieredStore\n"
+        "class Slow(LocalStore):\n"
+        "    def put(self, name, data):\n"
+        "        time.sleep(0.3)\n"
+        "        super().put(name, data)\n"
+        "store = TieredStore([MemoryStore(), Slow(sys.argv[1])], write='back')\n"
+        "store.put('a', b'value')\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "s")], check=True, timeout=60)
+    assert LocalStore(tmp_path / "s").get("a") == b"value"
 
 
 def test_listing_counts_each_value_once(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from cachegen.bench.shaped_link import ShapedLink
 from cachegen.chunk import KVChunk
-from cachegen.codec.basis import VALUE_WEIGHT
+from cachegen.codec.basis import plain_basis, planes_of_group
 from cachegen.codec.container import read_header
 from cachegen.codec.progressive import ProgressiveCodec, spread_of
 from cachegen.store.open import open_store
@@ -28,15 +28,13 @@ CHUNKS = 4
 
 def measured_distortion(true: KVChunk, decoded: KVChunk, data: bytes) -> float:
     """What the object's table promises, measured: weighted squared error over squared spread."""
-    error = 0.0
-    for left, right in zip(true.layers, decoded.layers, strict=True):
-        for plane, other, weight in (
-            (left.keys, right.keys, 1.0),
-            (left.values, right.values, VALUE_WEIGHT),
-        ):
-            difference = plane.astype(np.float64) - other.astype(np.float64)
-            error += float(np.square(weight * difference).sum())
-    header = read_header(data)
+    header, basis, error = read_header(data), plain_basis(true), 0.0
+    for group, factor in zip(basis.groups, basis.error_weights(), strict=True):
+        for layer, is_value in planes_of_group(group):
+            planes = (chunk.layers[layer].plane(is_value=is_value) for chunk in (true, decoded))
+            left, right = (plane.astype(np.float64) for plane in planes)
+            weight = basis.value_weight if is_value else 1.0
+            error += factor * float(np.square(weight * (left - right)).sum())
     return error / (header.value_count * spread_of(header) ** 2)
 
 

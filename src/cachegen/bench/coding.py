@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from cachegen.chunk import KVChunk
 from cachegen.codec.base import Codec
@@ -10,9 +11,24 @@ from cachegen.codec.container import read_header
 from cachegen.codec.levels import prefix_bytes, relative_distortions
 from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.registry import decode
+from cachegen.profile import Profile
 from cachegen.types import ChunkKey, KVDtype
 
 STORED_DTYPE = KVDtype.BFLOAT16
+# Name of the profile in a model's folder.
+PROFILE_FILE = "profile.safetensors"
+
+
+def find_profile(model_folder: str | Path, name: str | None = None) -> Profile | None:
+    """Load the profile of a model.
+
+    name: a file, "none", or None for the one in the model's folder if there is one.
+    Raises: FileNotFoundError, ProfileError.
+    """
+    if name == "none":
+        return None
+    path = Path(name) if name else Path(model_folder) / PROFILE_FILE
+    return Profile.load(path) if name or path.is_file() else None
 
 
 def at_quality(data: bytes, quality: str) -> bytes:

@@ -56,8 +56,6 @@ MODES = (
 ADAPTIVE = "adaptive"
 # Calls of a progress callback: loading, capturing, then one for recompute and two for others.
 STEPS = 2 * len(MODES) + 3
-# Name of the profile in a model's folder.
-PROFILE_FILE = "profile.safetensors"
 CACHEGEN_LEVELS = (1, 2, 3)
 REPEATS = 5
 # Below this many parameters threads wait for each other longer than they compute.
@@ -103,18 +101,6 @@ class Setup:
             "policy": self.policy if self.slo_s is not None else None,
             "profile": self.profile.digest.hex() if self.profile else None,
         }
-
-
-def find_profile(model_folder: str | Path, name: str | None = None) -> Profile | None:
-    """Load the profile of a model.
-
-    name: a file, "none", or None for the one in the model's folder if there is one.
-    Raises: FileNotFoundError, ProfileError.
-    """
-    if name == "none":
-        return None
-    path = Path(name) if name else Path(model_folder) / PROFILE_FILE
-    return Profile.load(path) if name or path.is_file() else None
 
 
 def run_demo(

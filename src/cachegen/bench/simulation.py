@@ -168,7 +168,8 @@ def _by_slo(settings: Settings, results: Results) -> list[dict[str, Any]]:
             for name in results.samples
             if results.of(name, keep)
         ]
-        bins.append({"slo_s": [low, high], "policies": rows})
+        if rows:
+            bins.append({"slo_s": [low, high], "policies": rows})
     return bins
 
 

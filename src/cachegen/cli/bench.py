@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cachegen.cli import speed
 from cachegen.cli.common import JsonOption, console, errors, model_folder
 
 bench = typer.Typer(help="Measure on this machine: serving, by default.")
@@ -16,6 +17,7 @@ DEFAULT_MODES = ["recompute", "raw", "int8", "cachegen", "progressive", "progres
 
 def register(cli: typer.Typer) -> None:
     """Add the group to the command line."""
+    speed.register(bench)
     cli.add_typer(bench, name="bench")
 
 

@@ -63,6 +63,7 @@ def demo(
     plot: Annotated[Path | None, typer.Option(metavar="F.png", help="Draw a chart.")] = None,
 ) -> None:
     """Capture, encode, stream back, decode, inject and generate: every mode in one table."""
+    from cachegen.bench.coding import find_profile
     from cachegen.bench.report import plot_demo, print_demo, write_json
     from cachegen.store.open import open_store
     from cachegen.stream.policies import get_policy
@@ -73,14 +74,16 @@ def demo(
     rate = None if bandwidth == "none" else parse_bandwidth(bandwidth)
     slo_s = None if slo is None else parse_seconds(slo)
     varying = None if trace is None else read_trace(trace)
-    with errors.status("loading libraries"):
-        from cachegen.bench.demo import STEPS, Setup, find_profile, run_demo
     folder = model_folder(model)
+    opened = open_store(store) if store else None
+    statistics = find_profile(folder, profile)
+    with errors.status("loading libraries"):
+        from cachegen.bench.demo import STEPS, Setup, run_demo
     setup = Setup(
-        store=open_store(store) if store else None,
+        store=opened,
         rate_bytes_per_s=rate,
         trace=varying,
-        profile=find_profile(folder, profile),
+        profile=statistics,
         slo_s=slo_s,
         policy=policy,
     )

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from cachegen.cli import (
+    advise,
     bench,
     config,
     demo,
@@ -231,3 +232,4 @@ exporter.register(cli)
 evaluate.register(cli)
 simulate.register(cli)
 bench.register(cli)
+advise.register(cli)

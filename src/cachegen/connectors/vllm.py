@@ -22,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from cachegen.connectors import vllm_model
 from cachegen.connectors.adapter import Loader, Saver, logger
 from cachegen.connectors.coding import ChunkCoder, Coding, profiles_of
+from cachegen.connectors.exporter import Publisher
 from cachegen.connectors.lookup import Lookup, Seed
 from cachegen.connectors.metrics import Counters
 from cachegen.connectors.paged import PagedCache
@@ -68,6 +69,8 @@ class CacheGenConnector(KVConnectorBase_V1):  # type: ignore[misc]
         else:
             rank = ranks[vllm_model.rank_index(vllm_config)]
             self._worker = _WorkerSide(vllm_config, settings, rank, self._counters)
+        folder = settings.metrics_folder
+        self._publisher = Publisher(self._counters, folder) if folder else None
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -171,6 +174,8 @@ class CacheGenConnector(KVConnectorBase_V1):  # type: ignore[misc]
         for side in (self._scheduler, self._worker):
             if side is not None:
                 side.close()
+        if self._publisher is not None:
+            self._publisher.close()
 
     def _at_scheduler(self) -> _SchedulerSide:
         assert self._scheduler is not None

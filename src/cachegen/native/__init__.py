@@ -86,6 +86,16 @@ def decode_segment(
     return out
 
 
+def verify_segment(body: Body, tokens: int, channels: int, models: Models, tables: Tables) -> None:
+    """Decode a body without shifts and contexts, block by block, and keep nothing.
+
+    All that ``decode_segment`` checks is checked. It takes as long as entropy decoding alone.
+    Raises: TruncatedError, CorruptError, GeometryError.
+    """
+    models, _ = _checks.check_coding(tokens, channels, models, None)
+    _core.verify_segment(_checks.as_bytes(body), tokens, channels, models, tables._core)
+
+
 def segment_layout(
     body: Body, tokens: int, channels: int, shifts: Symbols | None = None
 ) -> list[StreamLayout]:
@@ -183,4 +193,5 @@ __all__ = [
     "select_isa",
     "stream_count",
     "threads",
+    "verify_segment",
 ]

@@ -26,6 +26,9 @@ def decode_segment(
     count: int,
     out: NDArray[Any],
 ) -> None: ...
+def verify_segment(
+    body: NDArray[Any], tokens: int, channels: int, models: NDArray[Any], tables: Tables
+) -> None: ...
 def segment_layout(
     body: NDArray[Any], tokens: int, channels: int, shifts: NDArray[Any] | None
 ) -> list[tuple[int, int, int, int, int, int, int]]: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 
 from cachegen.errors import ConfigError, StoreError
 from cachegen.store.clock import check_deadline, remaining_s
+
+_EXIT_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,9 @@ class Backlog:
                     target=self._work, name="cachegen-backlog", daemon=True
                 )
                 self._thread.start()
+                # A daemon, so that a store that hangs cannot keep a process from ending; but what
+                # can be written before it ends is.
+                atexit.register(self.flush, _EXIT_TIMEOUT_S)
             self._changed.notify_all()
             return True
 
@@ -116,6 +122,7 @@ class Backlog:
             self._items.clear()
             self._held_bytes = 0
             self._changed.notify_all()
+        atexit.unregister(self.flush)
         return done
 
     def stats(self) -> dict[str, int]:

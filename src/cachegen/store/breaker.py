@@ -55,7 +55,7 @@ class BreakerPolicy:
     failures: int = 5
     pause_s: float = 1.0
     cap_s: float = 30.0
-    patience_s: float = 0.02
+    patience_s: float = 0.1
 
     def __post_init__(self) -> None:
         if self.failures < 1 or not 0 < self.pause_s <= self.cap_s or self.patience_s < 0:

@@ -197,13 +197,14 @@ class _Link:
 
     def _carry(self, begin: float, size_bytes: float) -> float:
         """Return when so many bytes are through that the link begins with at a time."""
+        # Counted from the begin of the link, so that the ends of its pieces are hit exactly.
+        time_s = begin - self._began
         while True:
-            rate, until_s = self._schedule(max(0.0, begin - self._began))
-            until = self._began + until_s
-            if rate > 0 and size_bytes <= rate * (until - begin):
-                return begin + size_bytes / rate
-            size_bytes -= rate * (until - begin)
-            begin = until
+            rate, until_s = self._schedule(max(0.0, time_s))
+            if rate > 0 and size_bytes <= rate * (until_s - time_s):
+                return self._began + time_s + size_bytes / rate
+            size_bytes -= rate * (until_s - time_s)
+            time_s = until_s
 
 
 def _sleep_until(due: float) -> None:

@@ -194,7 +194,7 @@ class Pool:
             # Never far more than was last seen: what is asked for cannot be taken back.
             rate = min(link.rate_bytes_per_s(), 2 * (link.last_rate_bytes_per_s or 0.0))
             window = self._meter.window_bytes(rate)
-            if self._meter.in_flight_bytes >= window or self._is_full():
+            if self._under_way() >= window or self._is_full():
                 return None
             size, speeds = slice_bytes(window, self._readers), self.speeds.speeds()
             for state in in_turn(list(self._active), self._turn):
@@ -213,9 +213,14 @@ class Pool:
         self.counts["reads"] += 1
         return read, now_s, ahead
 
+    def _under_way(self) -> int:
+        """Locked: bytes that somebody waits for; a read that hangs for nobody is not counted."""
+        reads = (read for state in self._active for read in state.reads)
+        return sum(read.end - read.begin for read in reads)
+
     def _is_full(self) -> bool:
         """Locked: True if memory has to become free before more is read."""
-        under_way = self._meter.in_flight_bytes
+        under_way = self._under_way()
         if under_way + sum(state.held_bytes for state in self._active) < self._held_bytes:
             return False
         if under_way or any(state.is_decoding for state in self._active):

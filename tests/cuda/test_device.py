@@ -1,0 +1,128 @@
+"""The same on a real device: every object of the emulated tests, slots, streams, graphs, damage."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cachegen.chunk import as_numpy, as_torch
+from cachegen.codec import gpu
+from cachegen.codec.int8 import Int8Codec
+from cachegen.codec.progressive import ProgressiveCodec
+from cachegen.codec.registry import decode
+from cachegen.errors import FormatError
+from cachegen.native.cuda.device import CudaDevice
+
+sys.path.insert(0, str(Path(__file__).parent))
+from samples import (
+    BFLOAT16,
+    GOLDEN_NAMES,
+    Sample,
+    assert_close,
+    damaged,
+    draw_kv,
+    empty_like,
+    golden_sample,
+    profiled,
+    samples,
+    with_rope,
+)
+
+pytestmark = pytest.mark.cuda
+ALL = list(samples())
+
+
+def on_device(pairs: Any) -> list[tuple[Any, Any]]:
+    return [(as_torch(keys).cuda(), as_torch(values).cuda()) for keys, values in pairs]
+
+
+def check(sample: Sample) -> None:
+    expected = sample.expected()
+    out = on_device(empty_like(expected))
+    options = {"profile": sample.profile, "allow_partial": sample.partial}
+    assert decode(sample.data, out=out, **options) is None
+    exact = not sample.name.startswith("progressive")
+    for (keys, values), layer in zip(out, expected.layers, strict=True):
+        assert_close(as_numpy(keys), layer.keys, exact=exact)
+        assert_close(as_numpy(values), layer.values, exact=exact)
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_golden_objects(real: CudaDevice, name: str) -> None:
+    check(golden_sample(name))
+
+
+@pytest.mark.parametrize("sample", ALL, ids=lambda sample: sample.name)
+def test_equal_to_the_cpu(real: CudaDevice, sample: Sample) -> None:
+    check(sample)
+
+
+@pytest.mark.parametrize("dim", [16, 64, 128])
+def test_profiles(real: CudaDevice, dim: int) -> None:
+    check(profiled(dim=dim)[0])
+
+
+def test_wide_chunks(real: CudaDevice) -> None:
+    """Whole chunks of a served model's width: many streams, all lanes, RoPE on 128 channels."""
+    kv = with_rope(draw_kv(2, 8, 256, 128, seed=1, dtype=BFLOAT16), 64)
+    for codec in (ProgressiveCodec(), Int8Codec()):
+        check(Sample(codec.name, codec.encode(kv)))
+
+
+def test_slots_streams_and_graphs(real: CudaDevice) -> None:
+    """A launch is captured in a graph and replayed into a cache that was wiped in between."""
+    import torch
+
+    kv = with_rope(draw_kv(2, 2, 64, 32, seed=5, dtype=BFLOAT16), 16)
+    expected = kv_of = decode(ProgressiveCodec().encode(kv))
+    slots = torch.randperm(128, generator=torch.Generator().manual_seed(1))[:64]
+    cache = torch.full((2, 2, 16, 2, 8, 32), 7.0, dtype=torch.bfloat16, device="cuda")
+    out = cache.transpose(3, 4)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    prepared = gpu.prepare(
+        [ProgressiveCodec().encode(kv)], out=out, slot_mapping=slots.cuda(), stream=stream
+    )
+    prepared.launch()
+    prepared.check()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        prepared.launch(torch.cuda.current_stream())
+    cache.fill_(7.0)
+    torch.cuda.synchronize()
+    graph.replay()
+    torch.cuda.synchronize()
+    flat = as_numpy(out.reshape(2, 2, 128, 2, 32).contiguous())
+    rows = slots.numpy()
+    for layer, held in enumerate(kv_of.layers):
+        assert_close(flat[layer, 0, rows], held.keys, exact=False)
+        assert_close(flat[layer, 1, rows], held.values, exact=False)
+    free = np.setdiff1d(np.arange(128), rows)
+    assert (flat[:, :, free] == 7).all()
+    assert expected.tokens == 64
+
+
+def test_hostile_objects(real: CudaDevice) -> None:
+    """What the CPU refuses the device refuses, and it still works afterwards."""
+    rng = np.random.default_rng(6)
+    refused = 0
+    for sample in ALL:
+        if sample.partial:
+            continue
+        for _ in range(3):
+            data = damaged(sample.data, rng)
+            out = on_device(empty_like(sample.expected()))
+            try:
+                decode(data, profile=sample.profile)
+            except FormatError as error:
+                with pytest.raises(type(error)):
+                    decode(data, out=out, profile=sample.profile)
+                refused += 1
+            else:
+                decode(data, out=out, profile=sample.profile)
+    assert refused > 20
+    check(ALL[0])
