@@ -298,7 +298,7 @@ def test_progressive_objects_are_read_in_part(quality: str) -> None:
     world.put(0)
     assert load(world, piece(0, 0, 1)).reason is None
     got, want = world.held(0, 1), chunk_of(0).to_array()
-    assert 0 < np.abs(got - want).mean() < 0.3
+    assert 0 < np.abs(got - want).mean() < 0.6  # noise of deviation 1 is the worst case
     size = len(world.store.get(key_of(0, world.coder.coding).name))
     assert world.counters.get("loaded_bytes_total") <= size
     world.close()
