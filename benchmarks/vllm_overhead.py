@@ -35,7 +35,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from cachegen.bench.report import environment, write_json
 
-PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 513, 16, 3
+PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 513, 16, 2
 VOCABULARY = 50_272
 RESAMPLES = 10_000
 

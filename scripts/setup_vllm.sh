@@ -32,6 +32,6 @@ PYTHON
 pip install --quiet -c constraints.txt -r "$venv/requirements.txt"
 
 # What cachegen and its live tests need beside it, then cachegen itself, built for this venv.
-pip install --quiet -c constraints.txt ml_dtypes xxhash typer rich pytest 'redis>=5' 'obstore>=0.6' \
+pip install --quiet -c constraints.txt ml_dtypes xxhash typer rich pytest hypothesis 'redis>=5' 'obstore>=0.6' \
   'moto[s3,server]>=5'
 pip install --quiet --no-deps -e .

@@ -21,6 +21,7 @@ from paged_world import (
 
 from cachegen import errors
 from cachegen.chunk import KVChunk
+from cachegen.connectors import adapter
 from cachegen.connectors.adapter import Fence, LoadJob, LoadReport, reason_of
 from cachegen.connectors.coding import Coding
 from cachegen.settings import Settings
@@ -265,6 +266,22 @@ def test_a_backlog_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     world.close()
 
 
+def test_saving_waits_for_a_quiet_moment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "QUIET_S", 0.2)
+    world.saver._waits = True
+    begin = time.monotonic()
+    world.saver.note_step(begins=False)
+    world.saver.submit(piece(0, 4, 9), world.cache.stage((4, 9)))
+    saved(world)
+    assert time.monotonic() - begin >= 0.2
+    # A busy engine cannot keep it waiting for ever.
+    monkeypatch.setattr(adapter, "MOST_WAIT_S", 0.0)
+    world.saver.note_step(begins=True)
+    world.saver.submit(piece(1, 4, 9), world.cache.stage((4, 9)))
+    saved(world)
+    assert world.counters.get("saved_chunks_total") == 2
+
+
 def test_closing_does_not_wait_for_ever(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate()
     monkeypatch.setattr(world.coder, "encode", lambda chunk, key: gate.pass_through() or b"x")
@@ -281,7 +298,7 @@ def test_progressive_objects_are_read_in_part(quality: str) -> None:
     world.put(0)
     assert load(world, piece(0, 0, 1)).reason is None
     got, want = world.held(0, 1), chunk_of(0).to_array()
-    assert 0 < np.abs(got - want).mean() < 0.3
+    assert 0 < np.abs(got - want).mean() < 0.6  # noise of deviation 1 is the worst case
     size = len(world.store.get(key_of(0, world.coder.coding).name))
     assert world.counters.get("loaded_bytes_total") <= size
     world.close()

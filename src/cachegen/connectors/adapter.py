@@ -36,6 +36,10 @@ from cachegen.types import Array, ChunkKey
 
 logger = logging.getLogger("vllm.cachegen")
 
+# Saving waits for the engine to be idle for a moment, but not for ever.
+QUIET_S = 0.02
+MOST_WAIT_S = 10.0
+
 # Entries that are of no use to anybody: they make room for a good one.
 _USELESS = ("damaged", "other_key", "geometry")
 
@@ -305,7 +309,10 @@ def policy_of(settings: Settings, coding: Coding) -> Policy:
 
 
 class Saver:
-    """Encodes and stores copies of blocks, in threads, and drops what it cannot keep up with."""
+    """Encodes and stores copies of blocks, in threads, and drops what it cannot keep up with.
+
+    waits: True to leave the cores and Python's lock to an engine that is busy, see ``note_step``.
+    """
 
     def __init__(
         self,
@@ -316,7 +323,10 @@ class Saver:
         namespace: bytes,
         settings: Settings,
         counters: Counters,
+        waits: bool = False,
     ) -> None:
+        self._waits = waits
+        self._is_busy, self._last_step_s = False, -QUIET_S
         self._store = store
         self._to_chunk = to_chunk
         self._coder = coder
@@ -331,6 +341,10 @@ class Saver:
     def has_room(self) -> bool:
         """False while so much waits that nothing more should be copied."""
         return self._backlog_bytes < self._settings.backlog_bytes
+
+    def note_step(self, *, begins: bool) -> None:
+        """Take note that a step of the engine begins or has ended."""
+        self._is_busy, self._last_step_s = begins, time.monotonic()
 
     def skip(self, reason: str) -> None:
         """Count a chunk that is not saved."""
@@ -349,7 +363,18 @@ class Saver:
             time.sleep(0.01)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    def _wait_for_quiet(self) -> None:
+        """Wait until the engine is idle, the backlog is half full or the time is up."""
+        end = time.monotonic() + MOST_WAIT_S
+        while self._waits and 2 * self._backlog_bytes < self._settings.backlog_bytes:
+            now = time.monotonic()
+            quiet = not self._is_busy and now - self._last_step_s > QUIET_S
+            if quiet or now > end:
+                return
+            time.sleep(QUIET_S)
+
     def _run(self, piece: Piece, copy: BlockCopy) -> None:
+        self._wait_for_quiet()
         begin = time.monotonic()
         try:
             self._save(piece, copy)

@@ -117,6 +117,11 @@ class CacheGenConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Take the paged cache of this rank."""
         self._at_worker().register(kv_caches)
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Take the plan of a step that begins."""
+        super().bind_connector_metadata(connector_metadata)
+        self._at_worker().begin_step()
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Begin the loads of this step, in threads."""
         self._at_worker().start_loads(self._plan())
@@ -325,7 +330,14 @@ class _WorkerSide:
             namespace=rank.namespace,
             settings=settings,
             counters=self._counters,
+            # A decode engine waits for what a producer saves.
+            waits=self._vllm_config.kv_transfer_config.is_kv_consumer,
         )
+
+    def begin_step(self) -> None:
+        """Take note that a step begins."""
+        if self._saver is not None:
+            self._saver.note_step(begins=True)
 
     def start_loads(self, plan: Plan) -> None:
         """Stop the loads of requests that ended and begin new ones."""
@@ -339,6 +351,8 @@ class _WorkerSide:
     def stage_saves(self, plan: Plan) -> None:
         """Copy blocks that are to be saved; nothing else happens within the step."""
         self._released.update(plan.released)
+        if self._saver is not None:
+            self._saver.note_step(begins=False)
         if self._saver is None or self._cache is None or not plan.saves:
             return
         begin = time.monotonic()
