@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH_ARGS ?=
 UV := $(shell command -v uv 2>/dev/null)
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' 2>/dev/null)
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 BANDWIDTH ?= 100Mbps
 # Chunk sizes beside 256 concern those that work in chunks.
 PEERS := --texts 8 --chunk-tokens 256 --chunk-tokens 64 --chunk-tokens 1024 \

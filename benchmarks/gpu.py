@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 SHAPE_FILE = ROOT / "benchmarks/results/kv_shape.json"
 CHUNK_TOKENS = 256
+NEEDED = ("numpy", "ml_dtypes", "xxhash", "safetensors", "typer", "rich", "torch")
 REPEATS = 15
 QUANTILES = 33
 # Layers, KV heads, head dimension.
@@ -50,6 +51,9 @@ MEASURED_LAYERS = (2, 6)
 def build() -> dict[str, Any]:
     """Build the C++ extension in place if this Python has none. Returns: how long it took."""
     begin = time.perf_counter()
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"not installed: {', '.join(missing)}")
     if importlib.util.find_spec("cachegen.native._core") is None:
         folder = ROOT / "build" / f"gpu-{sys.version_info[0]}{sys.version_info[1]}"
         cmake = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
@@ -65,7 +69,7 @@ def build() -> dict[str, Any]:
 def run_tests(*, sanitize: bool, limit_s: float) -> dict[str, Any]:
     """Run the tests that need a device, and the hostile ones under compute-sanitizer."""
     environment = {**os.environ, "CACHEGEN_REQUIRE_CUDA": "1", "PYTHONPATH": str(ROOT / "src")}
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", str(ROOT / "tests/cuda/test_device.py")]
+    tests = [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests/cuda/test_device.py")]
     results = {"tests": _run([*tests, "-p", "no:cacheprovider"], environment, limit_s)}
     tool = shutil.which("compute-sanitizer")
     if sanitize and tool is None:

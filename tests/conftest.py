@@ -7,8 +7,13 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from cachegen.chunk import KVChunk, LayerKV
+
+# A busy machine is no reason to fail: how long an example takes is not what tests are about.
+settings.register_profile("cachegen", deadline=None)
+settings.load_profile("cachegen")
 
 MakeKV = Callable[..., KVChunk]
 

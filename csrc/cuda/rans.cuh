@@ -12,7 +12,7 @@ namespace cachegen {
 // the own part is the bucket; biases are never positive, so their magnitude is stored. An own part
 // that is the whole bucket has a cut of one less: its last slot goes to the other part, which is
 // empty then and of the same symbol and bias.
-struct Bucket {
+struct alignas(8) Bucket {
     uint32_t own, other;
 };
 

@@ -20,7 +20,7 @@ from cachegen.codec.container import BYTES, PACKED, read_header
 from cachegen.codec.fit import fit_basis
 from cachegen.codec.header import plane_groups
 from cachegen.codec.int8 import Int8Codec
-from cachegen.codec.progressive import ProgressiveCodec, _basis_of, _unpack_params
+from cachegen.codec.progressive import ProgressiveCodec, _basis_of, unpack_params
 from cachegen.codec.raw import RawCodec
 from cachegen.codec.reader import ObjectReader
 from cachegen.codec.registry import decode
@@ -61,7 +61,7 @@ def rope_of(layers: int, dim: int, *, rotated: int, interleaved: bool) -> RopeSp
 def by_numpy(data: bytes) -> KVChunk:
     reader = ObjectReader(data, allow_partial=True)
     header = reader.header
-    step, weight = _unpack_params(header)
+    step, weight = unpack_params(header)
     chunk = empty_chunk(header)
     target = Target(header, chunk)
     for index, group in enumerate(_basis_of(header, None).groups):
@@ -294,7 +294,7 @@ def test_a_profile_equals_the_numpy_twin(isa: str) -> None:
         data = ProgressiveCodec(profile=profile).encode(chunk)
         basis = load_basis(profile, chunk.geometry)
         reader = ObjectReader(data)
-        step, _ = _unpack_params(reader.header)
+        step, _ = unpack_params(reader.header)
         wanted = empty_chunk(reader.header)
         target = Target(reader.header, wanted)
         for index, pair in enumerate(zip(basis.groups, basis.bases, strict=True)):

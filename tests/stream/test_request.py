@@ -50,7 +50,7 @@ def test_a_quality_is_the_end(progressive) -> None:
     for item, data in zip(report.chunks, progressive.values(), strict=True):
         wanted = prefix_bytes(read_header(data), "small")
         assert item.read_bytes == wanted < item.object_bytes
-        assert 0 < item.distortion < 0.06
+        assert 0 < item.distortion < 0.4
 
 
 def test_nothing_behind_a_miss_is_read(progressive) -> None:

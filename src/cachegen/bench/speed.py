@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,7 +59,9 @@ def run_speed(
     isas = settings.isas or tuple(native.available_isas())
     before = native.isa()
     rows: list[dict[str, Any]] = []
-    result: dict[str, Any] = {**environment(), "rows": rows}
+    # A result says what was run, not where its files lay.
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    result: dict[str, Any] = {**environment(["cachegen", *words]), "rows": rows}
     try:
         for isa in isas:
             native.select_isa(isa)

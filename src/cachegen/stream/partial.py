@@ -17,6 +17,8 @@ from cachegen.types import ChunkKey
 # Holds the header of any but the widest objects; what is too much is payload that is needed anyway.
 HEADER_READ_BYTES = 8192
 _SIZED_BYTES = 16
+# Nothing coarser is handed over: who gets that in time is worse off than who computes.
+LEAST_QUALITY = "small"
 _UNBOUNDED_BYTES = 1 << 62
 
 
@@ -24,7 +26,8 @@ def curve_of(header: Header, quality: str | None) -> ChunkCurve:
     """Return what reading more of an object brings.
 
     quality: a named quality of ``codec.levels`` beyond which nothing is read; None for all.
-    A codec other than ``progressive`` has one quality: the whole object.
+    The first step is what ``LEAST_QUALITY`` needs. A codec other than ``progressive`` has one
+    quality: the whole object.
     """
     if header.codec_id != ProgressiveCodec.codec_id:
         steps = (Step(header.object_bytes, 0.0),)
@@ -32,9 +35,9 @@ def curve_of(header: Header, quality: str | None) -> ChunkCurve:
     points = relative_distortions(header)
     # Whoever wants everything wants the padding behind the last segment too.
     points[-1] = (header.object_bytes, points[-1][1])
-    if quality is not None:
-        most = max(prefix_bytes(header, quality), points[0][0])
-        points = [point for point in points if point[0] <= most]
+    most = header.object_bytes if quality is None else prefix_bytes(header, quality)
+    least = min(prefix_bytes(header, LEAST_QUALITY), most)
+    points = [point for point in points if least <= point[0] <= most] or points[-1:]
     return ChunkCurve.of_points(points, tokens=header.tokens, begin_token=header.first_position)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,50 +105,61 @@ class CudaMemory:
         self.address = int(pointer)
 
     def __del__(self) -> None:
-        address = getattr(self, "address", 0)
-        if address:
+        # Nothing was allotted if the constructor raised.
+        if getattr(self, "address", 0):
             with self._device:
-                self._device.driver.cuMemFreeAsync(address, self._stream)
+                self._device.driver.cuMemFreeAsync(self.address, self._stream)
 
 
 class CudaDevice:
-    """One CUDA device, through ``cuda.core`` and the driver. Get one with ``cuda_device``.
+    """One CUDA device, through the driver; shares its primary context with torch and others.
 
-    Streams are handles (int, 0 for the default stream) of the device's primary context.
+    Get one with ``cuda_device``. Streams are handles, 0 for the default stream.
     """
 
     def __init__(self, index: int) -> None:
-        core = load_core()
-        from cuda.bindings import driver
-
-        self.core = core
+        try:
+            from cuda.bindings import driver
+        except ImportError:
+            raise ConfigError(
+                "cuda.bindings",
+                got="not installed",
+                expected="installed",
+                remedy="pip install cachegen[cuda]",
+            ) from None
         self.driver = driver
         self.index = index
         self.tables: dict[str, Any] = {}
-        before = _current_context(driver)
-        self._device = core.Device(index)
-        self._device.set_current()
-        self._context = _check(driver.cuCtxGetCurrent(), "context")
-        self.name = str(self._device.name)
-        capability = self._device.compute_capability
-        self.target = f"sm_{capability[0]}{capability[1]}"
+        try:
+            _check(driver.cuInit(0), "start")
+        except RuntimeError as error:  # no driver on this machine
+            raise ConfigError("CUDA driver", got=str(error), expected="a driver") from None
+        handle = _check(driver.cuDeviceGet(index), f"device {index}")
+        self._context = _check(driver.cuDevicePrimaryCtxRetain(handle), "context")
+        self.name = _check(driver.cuDeviceGetName(256, handle), "name").split(b"\0")[0].decode()
         attribute = driver.CUdevice_attribute
-        limit = attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-        self.max_shared_bytes = int(_check(driver.cuDeviceGetAttribute(limit, index), "attribute"))
-        code = core.ObjectCode.from_cubin(compile_cubin(self.target).read_bytes())
-        self._kernels = {name: code.get_kernel(name) for name in source.KERNELS}
-        function = driver.CUfunction_attribute
-        dynamic = function.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        for name, kernel in self._kernels.items():
-            if name.startswith("decode_progressive"):
-                handle = driver.CUkernel(int(kernel.handle))
-                status = driver.cuKernelSetAttribute(dynamic, self.max_shared_bytes, handle, index)
-                _check(status, "shared memory")
-        if before is not None:
-            driver.cuCtxSetCurrent(before)
+
+        def property_of(name: str) -> int:
+            wanted = getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+            return int(_check(driver.cuDeviceGetAttribute(wanted, handle), name))
+
+        major = property_of("COMPUTE_CAPABILITY_MAJOR")
+        self.target = f"sm_{major}{property_of('COMPUTE_CAPABILITY_MINOR')}"
+        self.max_shared_bytes = property_of("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+        code = compile_cubin(self.target).read_bytes()
+        dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._functions: dict[str, Any] = {}
+        with self:
+            self._module = _check(driver.cuModuleLoadData(code), "kernels")
+            for name in source.KERNELS:
+                function = _check(driver.cuModuleGetFunction(self._module, name.encode()), name)
+                self._functions[name] = function
+                if name.startswith("decode_progressive"):
+                    status = driver.cuFuncSetAttribute(function, dynamic, self.max_shared_bytes)
+                    _check(status, "shared memory")
 
     def __enter__(self) -> CudaDevice:
-        self.driver.cuCtxPushCurrent(self._context)
+        _check(self.driver.cuCtxPushCurrent(self._context), "context")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -175,16 +187,13 @@ class CudaDevice:
             _check(self.driver.cuMemsetD8Async(address, 0, size_bytes, stream), "memset")
 
     def launch(self, kernel: str, grid: int, shared_bytes: int, argument: int, stream: Any) -> None:
-        config = self.core.LaunchConfig(grid=grid, block=THREADS, shmem_size=shared_bytes)
+        parameters = ((argument,), (ctypes.c_uint64,))
+        function, block = self._functions[kernel], (THREADS, 1, 1)
         with self:
-            handle = self.core.Stream.from_handle(stream)
-            self.core.launch(handle, config, self._kernels[kernel], np.uint64(argument))
-
-
-def _current_context(driver: Any) -> Any:
-    """Return the context of this thread, or None if there is none or no driver yet."""
-    status, context = driver.cuCtxGetCurrent()
-    return context if int(status) == 0 and int(context) else None
+            status = self.driver.cuLaunchKernel(
+                function, grid, 1, 1, *block, shared_bytes, stream, parameters, 0
+            )
+            _check(status, kernel)
 
 
 @functools.cache
