@@ -193,6 +193,9 @@ def headline_section(result: dict[str, Any]) -> str:
                     f"{words} {names[family]} {point['ratio_vs_16bit']:.1f}x "
                     f"({point['bits_per_value']:.2f} bits/value)"
                 )
+        crossing = entry["ratio_at_largest_kl"]
+        if crossing:
+            said.append(f"KL 0.01 on the curve {names[family]} at {crossing:.1f}x")
     profile_bytes = max(
         entry["calibration_bytes"]
         for entry in result["claims"]["lossless"]

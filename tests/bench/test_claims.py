@@ -22,13 +22,19 @@ def row(family: str, label: str, bits: float, **changes: Any) -> dict[str, Any]:
         "top1_agreement": 0.99,
         "accuracy_ratio": 1.0,
         "lossless_in_practice": True,
+        "named": False,
         "tasks": {"retrieval": {"accuracy": retrieval}},
         **changes,
     }
 
 
 def evaluation(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"rows": rows, "uncompressed": {"retrieval": {"accuracy": 1.0}}, "bd_rates": []}
+    return {
+        "rows": rows,
+        "lossless_kl_nats": 0.01,
+        "uncompressed": {"retrieval": {"accuracy": 1.0}},
+        "bd_rates": [],
+    }
 
 
 def test_the_headline_takes_the_smallest_point_that_loses_little() -> None:
@@ -72,14 +78,16 @@ def test_a_family_that_loses_too_much_has_no_point() -> None:
 def test_lossless_shows_the_smallest_and_the_named_point() -> None:
     result = evaluation(
         [
-            row("ours", "cut 0", 0.5, lossless_in_practice=False),
+            row("ours", "cut 0", 0.5, lossless_in_practice=False, kl_nats=0.1),
             row("ours", "cut 1", 1.0),
-            row("ours", "lossless-in-practice", 2.0),
+            row("ours", "lossless-in-practice", 2.0, named=True),
         ]
     )
     (entry,) = lossless(result)
     assert entry["smallest"]["ratio_vs_16bit"] == 16.0
     assert entry["named"]["ratio_vs_16bit"] == 8.0
+    # KL falls from 0.1 to 0.001 as the bits double: 0.01 is half-way, in logarithms.
+    assert entry["ratio_at_largest_kl"] == pytest.approx(32 / 2**0.5)
     assert claims(result)["lossless"] == [entry]
 
 

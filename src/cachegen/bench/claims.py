@@ -7,7 +7,9 @@ peer's anywhere. Each answer names the operating point that gives it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 # CacheGen's own headline: bytes of 8-bit quantisation over its bytes, at a loss of at most 2 %.
@@ -77,6 +79,7 @@ def lossless(result: dict[str, Any]) -> list[Row]:
     """Return for each family the smallest point that is lossless in practice, and the named level.
 
     The first knows the outcome of the evaluation, the second is what an object promises by itself.
+    Between the points the curve says at which ratio it crosses the largest KL that counts as such.
     """
     answers: list[Row] = []
     for family, points in _families(result["rows"]).items():
@@ -89,6 +92,7 @@ def lossless(result: dict[str, Any]) -> list[Row]:
                 "calibration_bytes": points[0]["calibration_bytes"],
                 "smallest": _point(best),
                 "named": _point(level),
+                "ratio_at_largest_kl": _crossing(points, result["lossless_kl_nats"]),
             }
         )
     return answers
@@ -163,3 +167,17 @@ def _point(row: Row | None) -> Row | None:
         "answer_kl_nats": row["answer_kl_nats"],
         "lossless_in_practice": row["lossless_in_practice"],
     }
+
+
+def _crossing(points: Sequence[Row], kl: float) -> float | None:
+    """Return the ratio at which a family's curve crosses a KL, on straight lines in logarithms."""
+    curve = sorted(
+        (math.log(row["billed_bits_per_value"]), math.log(max(row["kl_nats"], 1e-12)))
+        for row in points
+        if not row["named"]
+    )
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        if y0 > math.log(kl) >= y1:
+            share = (y0 - math.log(kl)) / (y0 - y1)
+            return 16 / math.exp(x0 + share * (x1 - x0))
+    return None
