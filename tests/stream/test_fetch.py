@@ -101,14 +101,19 @@ def test_network_and_decoding_overlap(progressive, fetcher_of) -> None:
         time.sleep(0.05)
         return decode(data, key=item.key)
 
-    store = Paced(progressive, 110_000 / 0.2)
-    fetcher = fetcher_of(store, decoders=1)
-    begin = time.perf_counter()
-    items = list(fetcher.request(keys_of(4), decode=slow))
-    wall = time.perf_counter() - begin
-    decoding = sum(item.decode_s for item in items)
-    assert decoding >= 4 * 0.05
-    assert wall < 0.95 * (store.busy_s + decoding)
+    ratios = []
+    for _ in range(3):  # a busy machine may hold up one of them
+        store = Paced(progressive, 110_000 / 0.2)
+        fetcher = fetcher_of(store, decoders=1)
+        begin = time.perf_counter()
+        items = list(fetcher.request(keys_of(4), decode=slow))
+        wall = time.perf_counter() - begin
+        decoding = sum(item.decode_s for item in items)
+        assert decoding >= 4 * 0.05
+        ratios.append(wall / (store.busy_s + decoding))
+        if ratios[-1] < 0.95:
+            break
+    assert min(ratios) < 0.95
 
 
 def test_a_stalled_store_does_not_hold_up_the_deadline(progressive, fetcher_of) -> None:
