@@ -228,7 +228,7 @@ def float_bases(profile: Profile) -> Profile:
 
 def variants(fit: Fitted) -> Iterator[tuple[str, str, ProgressiveCodec, dict[str, Any]]]:
     """Yield (section, name, codec, constants), the default of each section first."""
-    shipped = Profile.load(MODEL / "profile.safetensors")
+    shipped = Profile.load(MODEL / "cachegen.profile")
     yield "profile", "gradients, text and prompts", ProgressiveCodec(profile=shipped), {}
     prose = fit.profile(with_prompts=False)
     yield "profile", "gradients, text alone", ProgressiveCodec(profile=prose), {}

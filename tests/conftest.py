@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+
+# Before anything loads OpenMP: tests run side by side, and more threads than cores only wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import ml_dtypes
 import numpy as np

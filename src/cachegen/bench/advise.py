@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cachegen.bench.report import load_pyplot, save_figure
+from cachegen.chunk import DEFAULT_CHUNK_TOKENS
 from cachegen.errors import ConfigError
 
 # The largest KL to the uncompressed model, in nats/token of text, that a size may stand for.
@@ -97,7 +98,7 @@ DECODE_SHARE = 0.1
 # Billed bits/value on the reference model at a KL of at most 0.01 nats/token; used where the result
 # file of the evaluation is not at hand. int8 has a scale of 16 bits for each head of 128.
 _SHIPPED_SOURCE = "reference model, evaluation of 2026-11-21"
-_SHIPPED_BITS = {"cachegen": 2.88, "progressive": 2.06}
+_SHIPPED_BITS = {"cachegen": 2.88, "progressive": 1.72}
 
 
 def results_folder() -> Path:
@@ -134,7 +135,7 @@ def sizes(max_kl_nats: float = DEFAULT_MAX_KL_NATS, *, profile: bool = False) ->
             (row["billed_bits_per_value"], row["family"])
             for row in rows
             if row["kl_nats"] <= max_kl_nats
-            and (row["family"] == wanted if way == "progressive" else _is_cachegen(row["family"]))
+            and _is_of(row["family"], wanted if way == "progressive" else way)
         ]
         if not fitting:
             raise ConfigError(
@@ -146,8 +147,11 @@ def sizes(max_kl_nats: float = DEFAULT_MAX_KL_NATS, *, profile: bool = False) ->
     return found
 
 
-def _is_cachegen(family: str) -> bool:
-    return family.startswith("cachegen")
+def _is_of(family: str, wanted: str) -> bool:
+    """Whether a family of rows is a codec's, at the default chunk size."""
+    codec, _, tokens = family.partition("@")
+    same = codec == wanted or (wanted == "cachegen" and codec.startswith("cachegen"))
+    return same and tokens in ("", str(DEFAULT_CHUNK_TOKENS))
 
 
 @dataclass(frozen=True)

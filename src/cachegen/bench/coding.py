@@ -16,7 +16,7 @@ from cachegen.types import ChunkKey, KVDtype
 
 STORED_DTYPE = KVDtype.BFLOAT16
 # Name of the profile in a model's folder.
-PROFILE_FILE = "profile.safetensors"
+PROFILE_FILE = "cachegen.profile"
 
 
 def find_profile(model_folder: str | Path, name: str | None = None) -> Profile | None:

@@ -41,7 +41,7 @@ class QualityCurve:
 
 
 # Wider than the envelope: without a profile nothing is known of the model.
-PLAIN_CURVE = QualityCurve(0.075, 0.95, 2.6)
+PLAIN_CURVE = QualityCurve(0.075, 7.5, 3.9)
 PROFILE_CURVE = QualityCurve(0.075, 190.0, 3.5)
 MEASURED_CURVE = QualityCurve(0.066, 0.0, 1.0)
 
