@@ -17,10 +17,10 @@ PEERS := --texts 8 --chunk-tokens 256 --chunk-tokens 64 --chunk-tokens 1024 \
   --codec h2o --codec h2o+progressive:profile=true --codec h2o+progressive:profile=false \
   --codec h2o+int8 --codec h2o+cachegen-lmcache --codec h2o+cachegen-paper --codec h2o+kvtc
 
-.PHONY: demo test test-vllm check format lint types sanitize neon results clean help
+.PHONY: demo test test-vllm check format lint types sanitize neon guard guard-write results clean help
 
 help:
-	@echo "make demo | test | test-vllm | check | format | lint | types | sanitize | neon | results | clean"
+	@echo "make demo | test | test-vllm | check | format | lint | types | sanitize | neon | guard | guard-write | results | clean"
 
 demo: $(VENV)/.installed
 	@$(BIN)/cachegen demo --bandwidth $(BANDWIDTH)
@@ -56,6 +56,13 @@ sanitize: $(VENV)/.installed
 # The NEON kernels, cross-compiled and run under qemu-user; skipped where the tools are missing.
 neon: $(VENV)/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash csrc/fuzz/neon.sh
+
+# Instructions per symbol of the hot loops against the committed figures; guard-write replaces them.
+guard: $(VENV)/.installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/instruction_guard.py --check
+
+guard-write: $(VENV)/.installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/instruction_guard.py --write
 
 # The committed figures behind the README's tables and charts.
 results: $(VENV)/.installed

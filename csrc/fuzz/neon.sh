@@ -12,5 +12,5 @@ done
 cmake -S . -B build/neon -DCACHEGEN_DRIVER=ON -DCMAKE_BUILD_TYPE=Release \
   -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
   -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ >/dev/null
-cmake --build build/neon --parallel 2 >/dev/null
+cmake --build build/neon --parallel 2 --target cachegen_fuzz >/dev/null
 qemu-aarch64 -L /usr/aarch64-linux-gnu ./build/neon/cachegen_fuzz "${1:-150}" "${2:-0}"
