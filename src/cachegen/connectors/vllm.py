@@ -29,8 +29,7 @@ from cachegen.connectors.paged import PagedCache
 from cachegen.connectors.tracker import Plan, Step, Tracker
 from cachegen.connectors.vllm_blocks import paged_cache
 from cachegen.connectors.vllm_stats import CacheGenPromMetrics, CacheGenStats
-from cachegen.errors import ConfigError
-from cachegen.settings import Settings, load_settings
+from cachegen.settings import Settings
 from cachegen.store.open import open_store
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class CacheGenConnector(KVConnectorBase_V1):  # type: ignore[misc]
     ) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         transfer = vllm_config.kv_transfer_config
-        settings = _settings_of(transfer.kv_connector_extra_config)
+        settings = vllm_model.settings_of(transfer.kv_connector_extra_config)
         self._counters = Counters()
         self._scheduler: _SchedulerSide | None = None
         self._worker: _WorkerSide | None = None
@@ -386,24 +385,6 @@ class _WorkerSide:
             self._loader.close()
         if self._saver is not None:
             self._saver.close(wait_s=CLOSE_WAIT_S)
-
-
-def _settings_of(extra_config: dict[str, Any]) -> Settings:
-    """Read the settings. Raises: ConfigError."""
-    settings = load_settings(extra_config)
-    for note in settings.notes:
-        logger.warning("setting without effect: %s", note)
-    if settings.save_tail:
-        logger.warning("setting without effect: save_tail: vLLM's chunks are saved whole")
-    if not settings.store or settings.store.startswith("memory:"):
-        raise ConfigError(
-            "store",
-            got=settings.store,
-            expected="a URL that several processes can reach",
-            remedy="vLLM's scheduler and workers may be processes of their own: redis://, s3:// "
-            "or file:///folder in kv_connector_extra_config",
-        )
-    return settings
 
 
 def _steps(output: SchedulerOutput) -> Iterator[Step]:

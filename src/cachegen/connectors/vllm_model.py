@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cachegen.codec.container import VERSION
-from cachegen.errors import UnsupportedModelError
+from cachegen.errors import ConfigError, UnsupportedModelError
+from cachegen.settings import Settings, load_settings
 from cachegen.store.keys import namespace_digest
 from cachegen.types import Geometry, KVDtype, RopeSpec
 
@@ -220,3 +221,21 @@ def lora_digest(lora_request: Any) -> bytes:
         with path.open("rb") as file:
             digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
     return digest.digest()
+
+
+def settings_of(extra_config: dict[str, Any]) -> Settings:
+    """Read the settings. Raises: ConfigError."""
+    settings = load_settings(extra_config)
+    for note in settings.notes:
+        logger.warning("setting without effect: %s", note)
+    if settings.save_tail:
+        logger.warning("setting without effect: save_tail: vLLM's chunks are saved whole")
+    if not settings.store or settings.store.startswith("memory:"):
+        raise ConfigError(
+            "store",
+            got=settings.store,
+            expected="a URL that several processes can reach",
+            remedy="vLLM's scheduler and workers may be processes of their own: redis://, s3:// "
+            "or file:///folder in kv_connector_extra_config",
+        )
+    return settings
