@@ -127,7 +127,7 @@ class ProgressiveCodec(Codec):
         sinks = np.arange(max(0, self.sink_tokens - chunk.first_position))
         groups = [_Prepared.of(chunk, *pair, basis, also=sinks) for pair in _pairs(basis)]
         values = sum(group.coefficients.size for group in groups)
-        energy = sum(float(np.square(g.coefficients, dtype=np.float64).sum()) for g in groups)
+        energy = sum(group.energy for group in groups)
         spread = float(np.sqrt(energy / max(values, 1)))
         step = float(np.float32(relative * spread)) if spread > 0 else 1.0
         segments: list[SegmentBody] = []
@@ -189,11 +189,13 @@ class _Prepared:
     """A group ready for quantisation.
 
     coefficients: (T, N) float32, zero in exempt rows. side: what the decoder needs beside digits.
+    energy: sum of their squares, outliers apart.
     """
 
     coefficients: Floats
     side: GroupSide
     statistics: GroupBasis | None
+    energy: float
 
     @classmethod
     def of(
@@ -213,7 +215,10 @@ class _Prepared:
         held = also - chunk.layers[group.layer].begin
         held = held[(held >= 0) & (held < len(rows))]
         centred = rows if statistics is None else statistics.analyse(rows)
-        outliers = np.union1d(outlier_tokens(centred), held).astype(np.int64)
+        # A profile's classes are not spoilt by a few wide tokens: coding those costs less than
+        # storing them. They do not set the step of the others.
+        odd = outlier_tokens(centred)
+        outliers = (np.union1d(odd, held) if statistics is None else held).astype(np.int64)
         exempt = np.concatenate(
             [
                 _flat(chunk.layers[layer].plane(is_value=side)[outliers])
@@ -226,7 +231,9 @@ class _Prepared:
             side = side.with_mean(np.delete(rows, outliers, axis=0))
             centred = rows - side.mean
         centred[outliers] = 0
-        return cls(centred, side, statistics)
+        wide = np.square(centred[odd], dtype=np.float64).sum()
+        energy = float(np.square(centred, dtype=np.float64).sum() - wide)
+        return cls(centred, side, statistics, max(energy, 0.0))
 
     def encode(self, index: int, step: float, count: int, weight: float) -> list[SegmentBody]:
         """Code all passes. weight: what a squared error of this group counts in the table."""
