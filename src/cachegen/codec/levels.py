@@ -43,7 +43,7 @@ class QualityCurve:
 # Wider than the envelope: without a profile nothing is known of the model.
 PLAIN_CURVE = QualityCurve(0.075, 76.0, 5.3)
 PROFILE_CURVE = QualityCurve(0.075, 190.0, 3.5)
-MEASURED_CURVE = QualityCurve(0.066, 0.0, 1.0)
+MEASURED_CURVE = QualityCurve(0.066, 3.6e5, 9.5)
 
 
 def curve_of(header: Header) -> QualityCurve:
