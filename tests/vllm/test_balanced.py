@@ -31,7 +31,8 @@ def test_retrieval_and_top_1(tmp_path: Path) -> None:
     places = [text[2500 * (i % 10) :][: 2 * CHUNK + 1 + 23 * (i // 10)] for i in range(80)]
     prompts = [prompt for prompt, _ in asked] + places
     # The first pass computes and saves, the second one loads.
-    options = {"dtype": "bfloat16", "quality": "balanced", "policy": "fixed", "profile": "none"}
+    options = {"dtype": "bfloat16", "quality": "balanced", "policy": "fixed"}
+    options |= {"profile": "none", "slo_s": 60.0}  # nothing is late here, however busy the machine
     with engine(str(tmp_path), **options) as live:
         first = [a.tokens[0] for a in live.ask(prompts, 1)]
         live.settle()
