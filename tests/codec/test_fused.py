@@ -242,6 +242,7 @@ print((peak() - before) * 1024, kv.nbytes)
 """
 
 
+# Peak memory is read from the kernel: no other system tells it for one call.
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_extra_memory_is_bounded() -> None:
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)

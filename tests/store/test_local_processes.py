@@ -99,6 +99,7 @@ def test_created_by_many_at_once(tmp_path: Path) -> None:
         assert counts == {"failed": 0, "found": 8}
 
 
+# File modes bind everybody but root.
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_folder_without_permission_to_write(tmp_path: Path) -> None:
     """The same for root is in test_local.py, with injected errors."""

@@ -178,6 +178,7 @@ def make_certificates(folder: Path) -> None:
     openssl(f"x509 -req -in s.csr {signed} -extfile names -out s.crt")
 
 
+# CI installs it; without certificates there is no TLS server to test against.
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
 def test_tls(tmp_path: Path) -> None:
     make_certificates(tmp_path)

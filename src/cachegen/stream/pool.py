@@ -387,5 +387,7 @@ class Pool:
         """Call back about progress; a callback that raises ends its request."""
         try:
             call(report)
-        except Exception:  # anybody's; there is nobody else to tell
+        except Exception:
+            # The callback is the caller's and may raise anything; its request ends and says so in
+            # the reason of every chunk, and the other requests of this thread go on.
             self.cancel(state, Reason.CALLBACK_ERROR)
