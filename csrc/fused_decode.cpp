@@ -112,6 +112,11 @@ private:
     size_t floats_ = 0;
 };
 
+// A kind without frequencies turns nothing.
+bool turns(const FusedDecode& work, const PlaneTarget& plane) {
+    return plane.rope >= 0 && !work.ropes[static_cast<size_t>(plane.rope)].frequencies.empty();
+}
+
 // ---- Exempt rows -------------------------------------------------------------------------------
 
 template <KVType kFrom, KVType kTo>
@@ -290,7 +295,8 @@ private:
         if (!fill || shape.places() < kFewestPlaces) return;
         size_t lines = 0;
         for (Unit& unit : units) {
-            const bool wide = work.type == KVType::Float32 || group.planes[unit.plane].rope >= 0;
+            const bool wide =
+                work.type == KVType::Float32 || turns(work, group.planes[unit.plane]);
             unit.lookup = lines;
             lines += size_t{unit.size} * kLanes * (wide ? 4 : 2) / sizeof(CacheLine);
         }
@@ -298,7 +304,7 @@ private:
         for (const Unit& unit : units) {
             UnitJob job = job_of(unit);
             // Only whether there is RoPE matters: the rows are floats then.
-            if (group.planes[unit.plane].rope >= 0) job.cos = job.mean;
+            if (turns(work, group.planes[unit.plane])) job.cos = job.mean;
             fill(job, rows.data() + unit.lookup);
         }
         lookup = std::move(rows);
@@ -571,7 +577,7 @@ private:
                 rows_[lane] ? rows_[lane] + unit_.head * plane.head_stride : nullptr;
         UnitJob job = group_->job_of(unit_);
         job.values = row(0);
-        if (plane.rope >= 0) add_rope(plane, job);
+        if (turns(work_, plane)) add_rope(plane, job);
         job.rows = rows.data();
         job.scratch = scratch_.get();
         kernel_.finish_unit[static_cast<size_t>(work_.type)](job);
