@@ -3,3 +3,4 @@
 #include "rows.cuh"
 #include "progressive.cuh"
 #include "klt.cuh"
+#include "gather.cuh"

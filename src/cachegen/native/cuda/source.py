@@ -14,6 +14,10 @@ KERNELS = (
     *("build_tables", "map_rows", "rope_table", "put_exempt", "decode_rows", "copy_rows"),
     *(f"decode_progressive_{passes}" for passes in range(1, 7)),
     *("transform_back", "finish_values"),
+    *("build_inverses", "load_values", "column_medians", "row_norms", "find_outliers"),
+    *("column_means", "centre_columns", "choose_step", "fit_classes", "choose_offset"),
+    *("sum_errors", "choose_decay", "encode_progressive", "quantise_rows", "fit_parametric"),
+    *("fit_frequencies", "encode_rows", "copy_spans", "write_plain"),
 )
 
 
