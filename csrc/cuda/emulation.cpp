@@ -168,6 +168,8 @@ extern "C" int cachegen_emulate(const char* name, unsigned grid, unsigned thread
         {"encode_rows", cachegen::encode_rows},
         {"copy_spans", cachegen::copy_spans},
         {"write_plain", cachegen::write_plain},
+        {"split_rows", cachegen::split_rows},
+        {"transform_forward", cachegen::transform_forward},
     };
     const Entry* entry = nullptr;
     for (const Entry& one : kEntries)

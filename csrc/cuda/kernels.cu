@@ -4,3 +4,4 @@
 #include "progressive.cuh"
 #include "klt.cuh"
 #include "gather.cuh"
+#include "forward.cuh"

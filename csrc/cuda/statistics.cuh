@@ -256,12 +256,13 @@ CACHEGEN_DEVICE double sum_partials(const Source& source, unsigned which) {
     return warp_sum(total);
 }
 
-// The step of every chunk, relative to the spread of its coefficients. A warp each.
+// The step of every chunk, relative to the spread of its coefficients. A warp each; launch.items:
+// what the host says of the chunks.
 CACHEGEN_KERNEL(choose_step)(uint64_t address) {
     const Launch& launch = *at_address<const Launch>(address);
     const unsigned warp = warp_of_launch();
     if (warp >= launch.count) return;
-    ChunkState& chunk = at_address<ChunkState>(launch.active)[launch.first + warp];
+    const ChunkState& chunk = at_address<const ChunkState>(launch.items)[warp];
     double energy = 0;
     uint32_t largest = 0;
     for (uint32_t g = 0; g < chunk.groups; ++g) {
@@ -274,8 +275,9 @@ CACHEGEN_KERNEL(choose_step)(uint64_t address) {
     if (lane_index() != 0) return;
     const double spread = root(quotient(energy, chunk.values));
     const float step = spread > 0 ? static_cast<float>(product(chunk.relative, spread)) : 1.0f;
-    chunk.spread = spread;
-    chunk.step = step;
+    ChunkState& out = at_address<ChunkState>(launch.active)[warp];
+    out.spread = spread;
+    out.step = step;
     const auto reach = static_cast<float>(product(chunk.reach, double{step}));
     if (as_float(largest) > reach) give_up(launch, chunk.error, kBeyondReach);
 }

@@ -25,7 +25,7 @@ def numpy_fit_decay(
 
     sample = slice(None, None, passes.DECAY_SAMPLE)
     best = min(
-        passes._DECAYS,
+        passes.DECAYS,
         key=lambda decay: float(np.log(np.maximum(errors(decay, sample), 1e-30)).sum()),
     )
     return best, errors(best, slice(None))

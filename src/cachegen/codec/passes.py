@@ -34,7 +34,7 @@ ESCAPE_BITS = 8
 DIGIT_BITS = 2
 # Streams this long make lane states cheap (0.008 bit/value a pass); they still are restart points.
 STREAM_STEPS = 4096
-_DECAYS = (0, 32, 64, 96)
+DECAYS = (0, 32, 64, 96)
 DECAY_SAMPLE = 8
 _OFFSETS = range(-12, 13)
 
@@ -66,7 +66,7 @@ def refine_tables() -> native.Tables:
 
 
 @functools.cache
-def _coarse_costs() -> NDArray[np.float64]:
+def coarse_costs() -> NDArray[np.float64]:
     """Bits of a magnitude 0 to 15 (sign included) and of an escape, (families, rows, 17)."""
     freqs = coarse_freqs()
     escape = _escapes(freqs).astype(np.int64)[..., None]
@@ -79,7 +79,7 @@ def _coarse_costs() -> NDArray[np.float64]:
 
 
 @functools.cache
-def _refine_costs() -> NDArray[np.float64]:
+def refine_costs() -> NDArray[np.float64]:
     """Bits of a digit in each context, (families, rows, 6)."""
     return -np.log2(refine_freqs() / TOTAL).reshape(FAMILIES, ROWS, 6)
 
@@ -91,7 +91,7 @@ def _code_lengths(ladder: Ladder) -> NDArray[np.float64]:
     bits = np.zeros((FAMILIES * CLASSES, ladder.coarse.shape[1]))
     for index, counts in enumerate(histograms):
         rows = row_of(scale, ladder.passes - 1 - index)
-        costs = (_coarse_costs() if index == 0 else _refine_costs())[:, rows]
+        costs = (coarse_costs() if index == 0 else refine_costs())[:, rows]
         bits += costs.reshape(len(bits), -1) @ np.ascontiguousarray(counts.T)
     return bits
 
@@ -117,7 +117,7 @@ def fit_decay(
     Returns: the decay in 1/64, and the squared error left after each pass, in squared finest steps.
     """
 
-    offsets = np.stack([_offsets(ladder.passes, decay) for decay in _DECAYS])
+    offsets = np.stack([decay_offsets(ladder.passes, decay) for decay in DECAYS])
     classes = np.ascontiguousarray(scale_class, np.uint8)
 
     def errors(offsets: Floats, stride: int) -> NDArray[np.float64]:
@@ -128,11 +128,11 @@ def fit_decay(
     # Relative errors of all passes count the same.
     sampled = np.log(np.maximum(errors(offsets, DECAY_SAMPLE), 1e-30)).sum(axis=1)
     best = int(sampled.argmin())
-    return _DECAYS[best], errors(offsets[best : best + 1], 1)[0].tolist()
+    return DECAYS[best], errors(offsets[best : best + 1], 1)[0].tolist()
 
 
 @functools.cache
-def _offsets(total: int, decay: int) -> Floats:
+def decay_offsets(total: int, decay: int) -> Floats:
     """Return the offsets of every pass and class, (passes, 2, 64) float32."""
     return np.stack([class_offsets(total, present, decay) for present in range(1, total + 1)])
 

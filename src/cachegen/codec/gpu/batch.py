@@ -20,6 +20,7 @@ LANES = 32
 WARPS = 4
 WARP_BYTES = 4816  # kWarpBytes of progressive.cuh
 ROW_SHARED_BYTES = WARPS * 8 * 32 * plan.BUCKET_BYTES
+TRANSFORM_BYTES = 64 * 132 * 4
 MAX_GRID_SHARE = 256
 
 
@@ -57,7 +58,7 @@ class Item:
 class Batch:
     """Structs of all codecs of a batch, collected object by object."""
 
-    def __init__(self, device: Device, tables: FrozenTables, stream: Any) -> None:
+    def __init__(self, device: Device, tables: FrozenTables | None, stream: Any) -> None:
         self.device = device
         self.tables = tables
         self.stream = stream
@@ -183,6 +184,7 @@ class Batch:
         errors = job.work.reserve(4 * self.errors)
         active = job.work.reserve(4 * len(self.groups), 4)
         record["errors"], record["active"] = errors, active
+        assert self.tables is not None
         record["coarse"], record["refine"] = self.tables.coarse, self.tables.refine
         record["coarse_escapes"] = self.tables.coarse_escapes
         record["planes"] = job.structs(plan.PLANE, self._planes) if self._planes else 0
@@ -238,7 +240,7 @@ class Batch:
         if self.tiles:
             one = record.copy()
             one["items"] = job.structs(plan.TILE, self.tiles)
-            job.launch("transform_back", sum(len(part) for part in self.tiles), one, 64 * 132 * 4)
+            job.launch("transform_back", sum(len(part) for part in self.tiles), one, TRANSFORM_BYTES)
         if self.finishing:
             one = record.copy()
             one["items"] = job.upload.add(np.array(self.finishing, "<u4"))

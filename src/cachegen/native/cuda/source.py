@@ -17,7 +17,8 @@ KERNELS = (
     *("build_inverses", "load_values", "column_medians", "row_norms", "find_outliers"),
     *("column_means", "centre_columns", "choose_step", "fit_classes", "choose_offset"),
     *("sum_errors", "choose_decay", "encode_progressive", "quantise_rows", "fit_parametric"),
-    *("fit_frequencies", "encode_rows", "copy_spans", "write_plain"),
+    *("fit_frequencies", "encode_rows", "copy_spans", "write_plain", "split_rows"),
+    "transform_forward",
 )
 
 
