@@ -158,6 +158,12 @@ CACHEGEN_DEVICE uint32_t warp_max(uint32_t value) {
 
 CACHEGEN_DEVICE float magnitude_of(float value) { return as_float(as_bits(value) & 0x7fffffffu); }
 
+// Whether a value is infinite, NaN or beyond 2^100, told by its bits.
+CACHEGEN_DEVICE bool is_too_large(uint32_t bits, uint32_t dtype) {
+    if (dtype == kFloat32) return (bits & 0x7fffffffu) > (127u + 100) << 23;
+    return (bits & 0x7fffu) > (dtype == kBFloat16 ? (127u + 100) << 7 : 0x7bffu);
+}
+
 // The warp of the launch, for kernels whose warps work alone.
 CACHEGEN_DEVICE unsigned warp_of_launch() { return block_index() * 4 + thread_index() / kLanes; }
 

@@ -46,6 +46,8 @@ CACHEGEN_KERNEL(quantise_rows)(uint64_t address) {
             const uint32_t bits = load_element(at + channel % plane.dim * size, dtype);
             if (!matrix.is_delta) return bits;
             const uint32_t base = load_element(anchor + uint64_t{channel} * size, dtype);
+            // Clamping would hide infinities; what else is too large shows in the difference.
+            if (dtype == kFloat16 && is_too_large(bits, dtype)) wrong |= kBadValue;
             difference = clamped(sum(value_of(bits, dtype), -value_of(base, dtype)), dtype);
             return bits_of(difference, dtype);
         };
@@ -59,8 +61,7 @@ CACHEGEN_KERNEL(quantise_rows)(uint64_t address) {
         }
         largest = warp_max(largest);
         const float maximum = value_of(largest, dtype);
-        // Float16 reaches no further than 65504; its infinity and NaN are beyond 2^100 as bits.
-        if (!(maximum <= kLargestMagnitude)) wrong |= kBadValue;
+        if (is_too_large(largest, dtype)) wrong |= kBadValue;
         if (lane == 0) store_bits(matrix.scales + unit * size, largest, dtype);
         const float step = quotient(maximum, levels);
         for (uint32_t c = begin + lane; c < begin + matrix.scale_width; c += kLanes) {

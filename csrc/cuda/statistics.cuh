@@ -56,8 +56,9 @@ CACHEGEN_KERNEL(load_values)(uint64_t address) {
             continue;
         }
         const auto load = [&](uint32_t which) {
-            return value_of(load_element(row + which * size_of(plane.dtype), plane.dtype),
-                            plane.dtype);
+            const uint32_t bits = load_element(row + which * size_of(plane.dtype), plane.dtype);
+            if (is_too_large(bits, plane.dtype)) wrong |= kBadValue;
+            return value_of(bits, plane.dtype);
         };
         uint32_t pair = 0, partner = 0;
         bool is_second = false;

@@ -261,6 +261,7 @@ def _widened(freqs: Freqs) -> Freqs:
 
 
 def checked_profile(freqs: Freqs | None, channels: int, levels: int) -> Freqs:
+    """Return the frequencies of a profile, (C, A). Raises: ProfileError if they do not fit."""
     if freqs is None or freqs.shape != (channels, alphabet_size(levels)):
         raise ProfileError(
             "frequency tables of the profile",

@@ -285,7 +285,7 @@ def _refuse_non_finite(chunk: KVChunk, group: Group) -> None:
 
 
 def pack_params(step: float, value_weight: float, spread: float) -> bytes:
-    """Return the parameters of an object: finest step, weight of V, spread that it is relative to."""
+    """Return the parameters of an object; spread: what the finest step is relative to."""
     return _PARAMS.pack(0, 0, 0, step, value_weight, spread, 0.0)
 
 

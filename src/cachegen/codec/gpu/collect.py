@@ -44,7 +44,9 @@ class Results:
 
     def streams(self, coded: CodedSegment) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return words and escapes (S, 2) of a segment's streams, and their padded sizes (S,)."""
-        counts = self.array(coded.counts, "<u4", 2 * len(coded.runs)).reshape(-1, 2).astype(np.int64)
+        counts = (
+            self.array(coded.counts, "<u4", 2 * len(coded.runs)).reshape(-1, 2).astype(np.int64)
+        )
         steps = (coded.runs["end_step"] - coded.runs["begin_step"]).astype(np.int64)
         sizes = 4 * coded.runs["lanes"].astype(np.int64) + 4 * coded.raw * steps
         sizes += 2 * counts[:, 0] + counts[:, 1]

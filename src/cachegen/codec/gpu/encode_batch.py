@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from cachegen.chunk import KVChunk
 from cachegen.codec.gpu.batch import LANES, TRANSFORM_BYTES, WARPS, Batch
 from cachegen.codec.gpu.encode_tables import EncodeTables
+from cachegen.codec.gpu.frozen import frozen_tables
 from cachegen.codec.gpu.progressive import TILE_CHANNELS, TILE_TOKENS
 from cachegen.codec.gpu.target import Target
 from cachegen.codec.header import Header
@@ -60,7 +61,7 @@ class EncodeBatch(Batch):
     """Structs of the kernels that encode chunks, collected chunk by chunk."""
 
     def __init__(self, device: Device, tables: EncodeTables, stream: Any) -> None:
-        super().__init__(device, None, stream)
+        super().__init__(device, frozen_tables(device, stream), stream)
         self.inverses = tables
         self.chunks: list[NDArray[Any]] = []
         self.sources: list[NDArray[Any]] = []
@@ -82,7 +83,14 @@ class EncodeBatch(Batch):
         return self.job.results.reserve(size_bytes)
 
     def add_streams(
-        self, shape: tuple[int, int], spacing: int, owner: int, index: int, *, kind: str, raw: int = 0
+        self,
+        shape: tuple[int, int],
+        spacing: int,
+        owner: int,
+        index: int,
+        *,
+        kind: str,
+        raw: int = 0,
     ) -> CodedSegment:
         """Give the streams of a segment room.
 
@@ -162,7 +170,8 @@ class EncodeBatch(Batch):
             self._launch_forward(record)
         job.launch("column_medians", warps, columns)
         norms = each.copy()
-        norms["extra"] = share = max(1, min(int(self.sources[0]["tokens"][0]), MAX_WARPS // groups))
+        longest = max(int(source["tokens"][0]) for source in self.sources)
+        norms["extra"] = share = max(1, min(longest, MAX_WARPS // groups))
         job.launch("row_norms", -(-groups * share // WARPS), norms)
         job.launch("find_outliers", -(-groups // WARPS), each)
         job.launch("column_means", warps, columns)

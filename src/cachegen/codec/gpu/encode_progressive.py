@@ -12,12 +12,12 @@ from cachegen.codec import ladder, passes
 from cachegen.codec.basis import ModelBasis, load_basis, plain_basis, planes_of_group
 from cachegen.codec.container import BYTES, PACKED, RANS, SIDE
 from cachegen.codec.gpu.collect import Collector, Results
-from cachegen.codec.gpu.encode_batch import CodedSegment, EncodeBatch, Feed, columns
 from cachegen.codec.gpu.encode_basis import EncodeBasis, encode_basis
+from cachegen.codec.gpu.encode_batch import CodedSegment, EncodeBatch, Feed, columns
 from cachegen.codec.header import SegmentBody, plane_groups
 from cachegen.codec.progressive import ProgressiveCodec, pack_params
 from cachegen.codec.side import GroupSide
-from cachegen.native.cuda import encode_plan, plan
+from cachegen.native.cuda import encode_plan
 
 
 @dataclass
@@ -36,13 +36,13 @@ class ProgressiveEncoding:
         self.feed = feed
         self.codec = codec
         geometry = feed.header.geometry
+        self.profile = codec.profile if feed.shadow.is_uniform else None
+        self.basis: ModelBasis = plain_basis(feed.shadow)
         held: EncodeBasis | None = None
-        if codec.profile is not None:
+        if self.profile is not None:
             codec.check_rope(feed.shadow)
-            held = encode_basis(batch.device, codec.profile, geometry, batch.stream)
-        self.basis: ModelBasis = (
-            plain_basis(feed.shadow) if codec.profile is None else load_basis(codec.profile, geometry)
-        )
+            self.basis = load_basis(self.profile, geometry)
+            held = encode_basis(batch.device, self.profile, geometry, batch.stream)
         self.passes, relative = codec.ladder_of(self.basis)
         self.chunk = len(batch.chunks)
         self.first = len(batch.sources)
@@ -52,7 +52,9 @@ class ProgressiveEncoding:
         state["first_group"], state["groups"] = self.first, len(self.basis.groups)
         state["error"] = batch.new_error(feed)
         batch.chunks.append(state)
-        self.groups = [_plan_group(batch, self, index, held) for index in range(len(self.basis.groups))]
+        self.groups = [
+            _plan_group(batch, self, index, held) for index in range(len(self.basis.groups))
+        ]
 
     def choose(self, results: Results, collector: Collector) -> None:
         """Read what the device found, and ask for the bytes of segments."""
@@ -89,7 +91,11 @@ class ProgressiveEncoding:
                 chosen.segments.append((BYTES, 0, at, count))
             elif index and size >= count // 4 and packed <= size:
                 at = collector.plain(
-                    encode_plan.DIGIT_PLANES, owner, packed, pass_index=index, bits=passes.DIGIT_BITS
+                    encode_plan.DIGIT_PLANES,
+                    owner,
+                    packed,
+                    pass_index=index,
+                    bits=passes.DIGIT_BITS,
                 )
                 chosen.segments.append((PACKED, passes.DIGIT_BITS, at, packed))
             else:
@@ -103,7 +109,6 @@ class ProgressiveEncoding:
         for group, chosen, weight in zip(self.groups, self.chosen, weights, strict=True):
             segments += self._segments(group, chosen, weight, collector)
         groups = self.basis.groups
-        profile = self.codec.profile
         return {
             "codec_id": self.codec.codec_id,
             "passes": self.passes,
@@ -111,7 +116,7 @@ class ProgressiveEncoding:
             "segments": passes.order(segments),
             "groups": None if groups == plane_groups(self.feed.header.geometry.layers) else groups,
             "rope": self.feed.shadow.rope,
-            "profile": profile.digest if profile else None,
+            "profile": self.profile.digest if self.profile else None,
         }
 
     def _segments(
@@ -135,9 +140,10 @@ class ProgressiveEncoding:
             passes.DECAYS[int(found["decay"])],
         )
         distortions = [
-            float(error) * self.step * self.step * weight for error in found["errors"][: self.passes]
+            float(error) * self.step * self.step * weight
+            for error in found["errors"][: self.passes]
         ]
-        body = side.to_bytes(plain=self.codec.profile is None)
+        body = side.to_bytes(plain=self.profile is None)
         return [
             SegmentBody(group.index, 0, SIDE, body, distortions[0]),
             *(
@@ -164,7 +170,8 @@ def _plan_group(
 ) -> _Group:
     feed, codec = encoding.feed, encoding.codec
     header, group = feed.header, encoding.basis.groups[index]
-    tokens, owner = header.tokens, len(batch.sources)
+    begin, end = header.ranges[group.layer]
+    tokens, owner = end - begin, len(batch.sources)
     planes, channels = [], 0
     for layer, is_value in planes_of_group(group):
         weight = encoding.basis.value_weight if is_value else 1.0
@@ -187,7 +194,8 @@ def _plan_group(
     row["result"] = batch.result(encode_plan.GROUP_RESULT.itemsize)
     row["tokens"], row["channels"], row["stride"] = tokens, channels, stride
     row["passes"], row["chunk"] = encoding.passes, encoding.chunk
-    row["sinks"] = min(max(0, codec.sink_tokens - header.first_position), tokens)
+    sinks = max(0, codec.sink_tokens - header.first_position)
+    row["sinks"] = min(max(0, sinks - begin), tokens)
     row["error"], row["tiles"] = batch.new_error(feed), len(tiles)
     if held is not None:
         held.describe(row, index)

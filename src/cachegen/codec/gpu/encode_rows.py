@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 from cachegen.codec import cachegen, int8
 from cachegen.codec.base import payload_order, quantization_error
 from cachegen.codec.container import BYTES, PACKED, RANS, SIDE
-from cachegen.codec.entropy import TableMode, alphabet_size, checked_profile, digit_shift, stream_steps
+from cachegen.codec.entropy import (
+    TableMode,
+    alphabet_size,
+    checked_profile,
+    digit_shift,
+    stream_steps,
+)
 from cachegen.codec.gpu.batch import LANES
 from cachegen.codec.gpu.collect import Collector, Results
 from cachegen.codec.gpu.encode_batch import CodedSegment, EncodeBatch, Feed, columns
@@ -59,11 +65,13 @@ class _Matrix:
             return results.array(self.row["freqs"][0], "<u2", size).tobytes()
         return b""
 
-    def fetch(self, what: int, collector: Collector, **more: int) -> tuple[int, int]:
+    def fetch(
+        self, what: int, collector: Collector, *, bits: int, first_bit: int = 0
+    ) -> tuple[int, int]:
         """Ask for the matrix without entropy coding; returns offset and size."""
         count = self.shape[0] * self.shape[1]
-        size = count if more["bits"] == 8 else more["bits"] * -(-count // 8)
-        return collector.plain(what, self.index, size, **more), size
+        size = count if bits == 8 else bits * -(-count // 8)
+        return collector.plain(what, self.index, size, pass_index=first_bit, bits=bits), size
 
 
 def _matrix(
@@ -90,9 +98,7 @@ def _use_parametric(batch: EncodeBatch, row: NDArray[Any], index: int) -> None:
     batch.symbol_tiles.setdefault("fit_parametric", []).append(columns(index, channels))
 
 
-def _use_models(
-    batch: EncodeBatch, row: NDArray[Any], freqs: np.uint64, alphabet: int
-) -> None:
+def _use_models(batch: EncodeBatch, row: NDArray[Any], freqs: np.uint64, alphabet: int) -> None:
     """Have inverse tables built of a model for each channel."""
     channels = int(row["channels"][0])
     buckets = 16 if alphabet <= 16 else 32
@@ -114,7 +120,8 @@ class Int8Encoding:
         self.matrices = []
         for group in range(2 * geometry.layers):
             dim = geometry.plane_dim(is_value=group % 2 == 1)
-            shape = feed.header.tokens, geometry.kv_heads * dim
+            begin, end = feed.header.ranges[group // 2]
+            shape = end - begin, geometry.kv_heads * dim
             plane = batch.add_planes([batch.plane(feed, group // 2, is_value=group % 2 == 1)])
             shift = int8.LOW_BITS if codec.entropy else 0
             row, index = _matrix(
@@ -134,9 +141,7 @@ class Int8Encoding:
         for matrix in self.matrices:
             if matrix.coded is None:
                 matrix.kind = BYTES
-                matrix.at, matrix.size = matrix.fetch(
-                    encode_plan.SYMBOL_BYTES, collector, bits=8
-                )
+                matrix.at, matrix.size = matrix.fetch(encode_plan.SYMBOL_BYTES, collector, bits=8)
                 continue
             size = results.measure(matrix.coded)
             count = matrix.shape[0] * matrix.shape[1]
@@ -144,12 +149,12 @@ class Int8Encoding:
             if size + side >= int8.HIGH_BITS * -(-count // 8):
                 matrix.kind, matrix.bits, low = PACKED, int8.HIGH_BITS, encode_plan.SYMBOL_PLANES
                 matrix.at, matrix.size = matrix.fetch(
-                    low, collector, pass_index=int8.LOW_BITS, bits=int8.HIGH_BITS
+                    low, collector, first_bit=int8.LOW_BITS, bits=int8.HIGH_BITS
                 )
             else:
                 matrix.kind, matrix.size = RANS, size
                 matrix.at = collector.coded(matrix.coded, results)
-            matrix.low_at, _ = matrix.fetch(low, collector, pass_index=0, bits=int8.LOW_BITS)
+            matrix.low_at, _ = matrix.fetch(low, collector, bits=int8.LOW_BITS)
 
     def write(self, collector: Collector) -> dict[str, Any]:
         """Return what ``write_object`` needs."""
@@ -189,10 +194,11 @@ class CacheGenEncoding:
         geometry = feed.header.geometry
         self.bins = codec.plane_bins(geometry.layers)
         self.passes: list[list[_Matrix]] = [[] for _ in range(1 + (codec.delta == "anchor"))]
-        tokens = feed.header.tokens
         for group in range(2 * geometry.layers):
             dim = geometry.plane_dim(is_value=group % 2 == 1)
             channels = geometry.kv_heads * dim
+            begin, end = feed.header.ranges[group // 2]
+            tokens = end - begin
             plane = batch.add_planes([batch.plane(feed, group // 2, is_value=group % 2 == 1)])
             if codec.delta != "anchor":
                 levels = self.bins[group] // 2 - 1

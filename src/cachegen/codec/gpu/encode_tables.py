@@ -65,12 +65,10 @@ def _build(device: Device, stream: Any) -> EncodeTables:
         item["buckets"] = job.work.reserve(len(freqs) * 4 * INVERSE_WORDS * buckets, 256)
         item["count"], item["alphabet"], item["kind"] = len(freqs), freqs.shape[1], buckets
     upload = job.upload
-    single = [
-        upload.add(coarse_escapes()),
-        upload.add(ladder.class_edges().astype("<f4")),
-        upload.add(unit_gains()),
-        upload.add(np.ascontiguousarray(parametric_tables()[1].T, "<f8")),
-    ]
+    escapes = upload.add(coarse_escapes())
+    edges = upload.add(ladder.class_edges().astype("<f4"))
+    gains = upload.add(unit_gains())
+    parametric_costs = upload.add(np.ascontiguousarray(parametric_tables()[1].T, "<f8"))
     costs = [upload.add(_ladder_costs(passes)) for passes in range(1, MAX_PASSES + 1)]
     offsets = [upload.add(_all_offsets(passes)) for passes in range(1, MAX_PASSES + 1)]
     record = np.zeros(1, plan.LAUNCH)
@@ -94,7 +92,10 @@ def _build(device: Device, stream: Any) -> EncodeTables:
         coarse,
         refine,
         parametric,
-        *(place(address) for address in single),
+        place(escapes),
+        place(edges),
+        place(gains),
+        place(parametric_costs),
         tuple(place(address) for address in costs),
         tuple(place(address) for address in offsets),
         (memory, work),

@@ -18,7 +18,7 @@ from cachegen.codec.gpu.encode_progressive import ProgressiveEncoding
 from cachegen.codec.gpu.encode_rows import CacheGenEncoding, Int8Encoding
 from cachegen.codec.gpu.encode_tables import encode_tables
 from cachegen.codec.gpu.prepared import Mapping, stream_handle
-from cachegen.codec.gpu.target import Target, Tensor
+from cachegen.codec.gpu.target import Target
 from cachegen.codec.header import Header, plane_groups
 from cachegen.codec.int8 import Int8Codec
 from cachegen.codec.progressive import ProgressiveCodec
@@ -38,12 +38,14 @@ class DeviceChunk:
         paged cache (blocks, block size, H, D), any strides but a contiguous last axis.
     slots: (T,) integers, ``block * block_size + place``, on the host; None for rows in order.
     first_position: of token 0. rope: what K was rotated with, or None if unknown or absent.
+    begins: of every layer the first token that it holds, for sliding windows; None: all hold all.
     """
 
     planes: Any
     slots: Any = None
     first_position: int = 0
     rope: RopeSpec | None = None
+    begins: tuple[int, ...] | None = None
 
     def geometry(self) -> tuple[Geometry, int]:
         """Return geometry and number of tokens. Raises: GeometryError, DtypeError."""
@@ -63,24 +65,37 @@ class DeviceChunk:
         geometry = Geometry(
             len(pairs), keys.shape[-2], keys.shape[-1], values.shape[-1], keys.dtype
         )
-        return geometry, len(self.slots) if paged else keys.shape[0]
+        begins = self.layer_begins(len(pairs))
+        return geometry, len(self.slots) if paged else keys.shape[0] + begins[0]
+
+    def layer_begins(self, layers: int) -> tuple[int, ...]:
+        """Return the first token that each layer holds. Raises: GeometryError."""
+        begins = (0,) * layers if self.begins is None else self.begins
+        if len(begins) != layers or min(begins) < 0:
+            raise GeometryError("first tokens of layers", got=begins, expected=f"{layers} of them")
+        return begins
 
     def to_host(self) -> KVChunk:
         """Copy the chunk to the host."""
         pairs = self.planes
         pairs = [pair if isinstance(pair, (list, tuple)) else (pair[0], pair[1]) for pair in pairs]
-        layers = [LayerKV(self._rows(keys), self._rows(values)) for keys, values in pairs]
+        begins = self.layer_begins(len(pairs))
+        layers = [
+            LayerKV(self._rows(keys, begin), self._rows(values, begin), begin)
+            for begin, (keys, values) in zip(begins, pairs, strict=True)
+        ]
         return KVChunk.from_layers(layers, first_position=self.first_position, rope=self.rope)
 
-    def _rows(self, tensor: Any) -> Any:
+    def _rows(self, tensor: Any, begin: int) -> Any:
         if self.slots is None:
             return as_numpy(tensor)
-        blocks, places = np.divmod(np.asarray(self.slots, np.int64), tensor.shape[1])
+        slots = np.asarray(self.slots, np.int64)[begin:]
+        where: tuple[Any, ...] = np.divmod(slots, tensor.shape[1])
         if not isinstance(tensor, np.ndarray):
             import torch
 
-            blocks, places = (torch.from_numpy(a).to(tensor.device) for a in (blocks, places))
-        return as_numpy(tensor[blocks, places])
+            where = tuple(torch.from_numpy(part).to(tensor.device) for part in where)
+        return as_numpy(tensor[where])
 
 
 def does_encode(codec: Codec) -> bool:
@@ -91,9 +106,9 @@ def does_encode(codec: Codec) -> bool:
 class EncodeJob:
     """Launches that encode a batch. Make one with ``cachegen.codec.gpu.prepare_encode``.
 
-    ``launch`` allots no memory and waits for nothing, so that it may be captured in a CUDA graph; it
-    can be repeated while the chunks stay where they are. ``finish`` waits, fetches what was coded
-    and returns the objects.
+    ``launch`` allots no memory and waits for nothing, so that it may be captured in a CUDA graph;
+    it can be repeated while the chunks stay where they are. ``finish`` waits, fetches what was
+    coded and returns the objects.
     """
 
     def __init__(
@@ -129,17 +144,21 @@ class EncodeJob:
         geometry, tokens = chunk.geometry()
         paged = chunk.slots is not None
         target = Target.of(chunk.planes, geometry, paged=paged)
-        for places in target.places:
+        begins = chunk.layer_begins(geometry.layers)
+        for begin, places in zip(begins, target.places, strict=True):
             for place in places:
                 if place.address % geometry.dtype.size_bytes:
                     raise GeometryError("address of K or V", got="unaligned", expected="aligned")
-                if not paged and place.slots != tokens:
-                    raise GeometryError("tokens of a layer", got=place.slots, expected=tokens)
+                held = tokens - begin
+                if held < 1 or (not paged and place.slots != held):
+                    raise GeometryError("tokens of a layer", got=place.slots, expected=held)
         slots = None
         if paged:
             slots = np.asarray(chunk.slots)
             if slots.size and int(slots.min()) < 0:
-                raise GeometryError("slot mapping", got=int(slots.min()), expected="no token left out")
+                raise GeometryError(
+                    "slot mapping", got=int(slots.min()), expected="no token left out"
+                )
         mapping = Mapping(slots, [tokens])
         self._mappings.append(mapping)
         shadow = _shadow(chunk, geometry, tokens)
@@ -154,7 +173,7 @@ class EncodeJob:
             profile=None,
             key=None,
             groups=plane_groups(geometry.layers),
-            ranges=((0, tokens),) * geometry.layers,
+            ranges=tuple((begin, tokens) for begin in begins),
             segments=(),
             header_bytes=0,
         )
@@ -216,14 +235,15 @@ def _plan(batch: EncodeBatch, feed: Feed, codec: Codec) -> Encoding:
 def _shadow(chunk: DeviceChunk, geometry: Geometry, tokens: int) -> KVChunk:
     """Return a chunk of this shape whose arrays have no memory of their own."""
     nothing = np.zeros((), geometry.dtype.numpy)
-    layer = LayerKV(
-        *(
-            np.broadcast_to(nothing, (tokens, geometry.kv_heads, dim))
+    layers = []
+    for begin in chunk.layer_begins(geometry.layers):
+        keys, values = (
+            np.broadcast_to(nothing, (tokens - begin, geometry.kv_heads, dim))
             for dim in (geometry.key_dim, geometry.value_dim)
         )
-    )
+        layers.append(LayerKV(keys, values, begin))
     return KVChunk.from_layers(
-        [layer] * geometry.layers, first_position=chunk.first_position, rope=chunk.rope
+        layers, tokens=tokens, first_position=chunk.first_position, rope=chunk.rope
     )
 
 
