@@ -18,8 +18,8 @@ from cachegen.codec.header import Header
 from cachegen.native.cuda import encode_plan, plan
 from cachegen.native.cuda.device import Device
 
-# Room for what a stream becomes, in 16-bit words and bytes, for so many symbols: more than a segment
-# may take without being stored in another way, unless its streams are very unlike each other.
+# Room for what a stream becomes, in 16-bit words and bytes, for each symbol: more than a segment may
+# take without being stored in another way, unless its streams are very unlike each other.
 ROOM = {"bytes": (1 / 2, 1 / 4), "digits": (3 / 16, 0.0)}
 SPARE = 128
 MAX_WARPS = 4096

@@ -35,7 +35,7 @@ class _Matrix:
     row: NDArray[Any]
     index: int
     coded: CodedSegment | None
-    missing: np.uint64 = np.uint64(0)
+    missing: np.uint64 | None = None
     kind: int = 0
     bits: int = 0
     at: int = 0
@@ -286,9 +286,9 @@ class CacheGenEncoding:
                 quantization_error(found, int(matrix.row["levels"][0]), matrix.shape[1])
                 for matrix, found in zip(matrices, scales, strict=True)
             ]
-            if len(matrices) > 1:
-                rows = matrices[1].shape[0]
-                missing = self.results.array(matrices[1].missing, "<f8", rows)
+            if matrices[-1].missing is not None:
+                rows = matrices[-1].shape[0]
+                missing = self.results.array(matrices[-1].missing, "<f8", rows)
                 errors = [errors[0] + float(np.sum(missing)), errors[0] + errors[1]]
             for index, matrix in enumerate(matrices):
                 side = scales[index].tobytes()

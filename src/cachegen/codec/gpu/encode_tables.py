@@ -1,4 +1,4 @@
-"""Tables of the encoder on a device, made once for each: inverses of frozen models, code lengths."""
+"""Tables of the encoder, once for each device: inverses of frozen models, code lengths."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _build(device: Device, stream: Any) -> EncodeTables:
 
 
 def unit_gains() -> NDArray[np.float64]:
-    """Return log2((n + 1) / n) for n from 0 to 4096, 0 where n is 0, as normalize_counts sees it."""
+    """Return log2((n + 1) / n) for n from 0 to 4096, 0 at 0, as normalize_counts computes it."""
     n = np.arange(1, TOTAL + 1)
     gains = np.concatenate([[0.0], np.log2((n + 1) / n)])
     return np.ascontiguousarray(gains, "<f8")
