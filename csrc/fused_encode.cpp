@@ -96,7 +96,8 @@ private:
     unsigned passes_;
     float inverse_, reach_;
     GroupDigits digits_;
-    std::vector<float> rows_, mean_, largest_;
+    AlignedVector<float> rows_, largest_;
+    std::vector<float> mean_;
     std::vector<uint32_t> keep_;
 };
 

@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "aligned.h"
 #include "encode_kernels.h"
 #include "encode_tables.h"
 #include "float_bits.h"
@@ -117,9 +118,9 @@ void survey_group(EncodeGroup& group);
 
 // Digits of a whole group: rows of kLanes elements, channel by channel, place by place.
 struct GroupDigits {
-    std::vector<uint16_t> codes;
-    std::vector<uint8_t> symbols;
-    std::vector<uint16_t> bins;  // of every kErrorPlaces-th place
+    AlignedVector<uint16_t> codes;
+    AlignedVector<uint8_t> symbols;
+    AlignedVector<uint16_t> bins;  // of every kErrorPlaces-th place
 };
 
 // Chooses the classes of a group and measures errors.
@@ -133,7 +134,7 @@ public:
 
 private:
     class Work;
-    std::array<std::vector<uint16_t>, kMaxPasses> words_;  // of the stream at work
+    std::array<AlignedVector<uint16_t>, kMaxPasses> words_;  // of the stream at work
 };
 
 }  // namespace cachegen

@@ -162,7 +162,7 @@ private:
     EncodeGroup& group_;
     TokenRows tokens_;
     UnitReader reader_;
-    std::vector<float> rows_, head_sums_, zeros_;
+    AlignedVector<float> rows_, head_sums_, zeros_;
     std::vector<float> centre_, sums_;  // by channel; sums are from the centre
     std::vector<float> norms_;          // by place and element, squared
     std::vector<uint32_t> largest_, keep_;

@@ -154,7 +154,7 @@ private:
     // Symbols as bytes, escaped ones put together again.
     void keep_bytes() {
         std::vector<size_t> next(streams_);
-        std::vector<uint8_t> symbols = digits_.symbols;
+        AlignedVector<uint8_t> symbols = digits_.symbols;
         for (uint64_t step = 0; step < shape_.steps(); ++step) {
             const uint8_t escape =
                 settings_.tables.escape(models_[0][step % shape_.channels]);
