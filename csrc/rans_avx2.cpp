@@ -8,7 +8,7 @@
 #include "block_avx2.h"
 #include "dispatch.h"
 #include "ladder_avx2.h"
-#include "ladder_encode_rows.h"
+#include "encode_rows.h"
 #include "quantize_rows.h"
 #include "rans_simd.h"
 
