@@ -1,53 +1,60 @@
 // progressive's encoder, from coefficients to digits: the classes of channels by the shortest code,
-// and the decay within cells by the smallest error. Digits are computed anew wherever they are
-// needed: that costs less than to store and load them.
+// and what errors the decays within cells leave. Digits are computed anew wherever they are needed:
+// that costs less than to store and load them.
 #pragma once
 
 #include "statistics.cuh"
 
 namespace cachegen {
 
-// One value on its way through the passes; the float operations are those of codec/ladder.py.
-struct Climber {
-    float magnitude, low, width, step;
-    bool negative, significant;
-
-    // Returns the index of pass 0.
-    CACHEGEN_DEVICE uint32_t start(float value, float coarse_step) {
-        magnitude = magnitude_of(value);
-        negative = value < 0;
-        step = coarse_step;
-        const float place = sum(quotient(magnitude, step), 0.4f);
-        const auto index = static_cast<uint32_t>(place < 127.5f ? place : 127.5f);
-        significant = index > 0;
-        low = product(sum(static_cast<float>(index), -0.4f), step);
-        width = step;
-        return index;
-    }
-
-    // Returns the digit of the next pass; `significant` was its context before the call.
-    CACHEGEN_DEVICE uint32_t next() {
-        step = quotient(step, 3.0f);
-        const float edge = product(0.6f, step), third_width = quotient(width, 3.0f);
-        const float inside = quotient(sum(magnitude, -low), third_width);
-        const uint32_t third = (inside >= 1.0f) + (inside >= 2.0f);
-        const bool was = significant, fresh = !was && magnitude >= edge;
-        low = was ? sum(low, product(static_cast<float>(third), third_width)) : edge;
-        width = was ? third_width : product(1.2f, step);
-        significant = was || fresh;
-        return was ? third : fresh ? (negative ? 0 : 2) : 1;
-    }
-};
-
-CACHEGEN_DEVICE float coarse_step_of(const Source& source) {
-    float step = 1;
-    for (uint32_t i = 1; i < source.passes; ++i) step *= 3;
-    return step;
-}
-
 CACHEGEN_DEVICE float chunk_step(const Launch& launch, const Source& source) {
     return at_address<const ChunkState>(launch.active)[source.chunk].step;
 }
+
+// A coefficient in finest steps; `inverse` is that of the step.
+CACHEGEN_DEVICE float scaled_at(const Source& source, uint32_t token, uint32_t channel, float mean,
+                                float inverse) {
+    return product(sum(*values_at(source, token, channel), -mean), inverse);
+}
+
+// A value on its way through the passes, as quantize_rows in csrc/encode_rows.h has it: early if it
+// is significant in pass 0, else late. `rest` has the digits of later passes, in base 3.
+struct Climber {
+    uint32_t index, rest, unit, bin;
+    bool negative, significant;
+
+    // step: of pass 0. Sets the index of pass 0.
+    CACHEGEN_DEVICE Climber(float value, uint32_t step) {
+        const auto wide = static_cast<float>(step);
+        const uint32_t half = (step - 1) / 2;
+        const float exact = magnitude_of(value), most = product(128.0f, wide);
+        const float magnitude = exact < most ? exact : most;
+        const auto shifted =
+            static_cast<uint32_t>(product(4.0f, sum(magnitude, product(0.4f, wide))));
+        const auto rounded =
+            static_cast<uint32_t>(product(4.0f, sum(product(magnitude, 1 / 1.2f), 0.5f)));
+        const uint32_t early = min_of(shifted, 4 * 128 * step - 1);
+        const uint32_t late = min_of(rounded, 4 * (half + 1) - 1);
+        index = (early >> 2) / step;
+        significant = index != 0;
+        negative = value < 0;
+        rest = significant ? (early >> 2) - index * step : (late >> 2) + half;
+        unit = step;
+        bin = significant ? 4 * (half + 1) + 4 * rest + (early & 3) : late;
+    }
+
+    CACHEGEN_DEVICE uint32_t coarse_symbol() const { return 2 * index - (negative && significant); }
+
+    // Returns the digit of the next pass; `significant` was its context before the call.
+    CACHEGEN_DEVICE uint32_t next() {
+        unit /= 3;
+        const uint32_t digit = rest / unit;
+        rest -= digit * unit;
+        const bool was = significant;
+        significant = was || digit != 1;
+        return !was && negative && digit == 2 ? 0 : digit;
+    }
+};
 
 // The class of a profile's component: how many of the numbers between classes are not above its
 // deviation in steps; then shifted.
@@ -64,23 +71,17 @@ CACHEGEN_DEVICE uint32_t profile_class(const Launch& launch, const Source& sourc
            static_cast<uint32_t>(n);
 }
 
-// Bits of a channel under a class: a pass after the other, as the CPU sums.
-CACHEGEN_DEVICE double code_length(const double* costs, const uint32_t* counts, uint32_t passes,
-                                   uint32_t one_class) {
-    double bits = 0;
-    for (uint32_t pass = 0, at = 0; pass < passes; ++pass) {
-        const uint32_t end = at + (pass ? 6 : 17);
-        double of_pass = 0;
-        for (; at < end; ++at)
-            of_pass = fused(costs[at * kAllClasses + one_class],
-                            static_cast<double>(counts[at * kLanes]), of_pass);
-        bits = sum(bits, of_pass);
-    }
-    return bits;
+// The length of a channel's code, in 1/1024 bit: whole numbers, so that any order will do.
+CACHEGEN_DEVICE uint32_t code_length(const uint32_t* costs, const uint32_t* counts, uint32_t size,
+                                     uint32_t one_class) {
+    uint32_t length = 0;
+    for (uint32_t at = 0; at < size; ++at)
+        length += costs[at * kAllClasses + one_class] * counts[at * kLanes];
+    return length;
 }
 
 // Counts the digits of 32 channels, a lane each, then finds their classes together; with a profile
-// the bits of every shift of its classes. launch.coarse: costs, [counter][family * 64 + class].
+// the lengths under every shift of its classes. launch.coarse: costs, [counter][family * 64 + class].
 CACHEGEN_KERNEL(fit_classes)(uint64_t address) {
     const Launch& launch = *at_address<const Launch>(address);
     Columns tile;
@@ -90,161 +91,204 @@ CACHEGEN_KERNEL(fit_classes)(uint64_t address) {
                              thread_index() / kLanes * kCounters * kLanes;
     const unsigned lane = lane_index();
     const uint32_t channel = tile.first + lane;
-    for (unsigned i = 0; i < kCounters; ++i) counts[i * kLanes + lane] = 0;
-    const float step = chunk_step(launch, source), coarse = coarse_step_of(source);
+    const uint32_t size = kCoarseCounters + kRefineCounters * (source.passes - 1);
+    for (unsigned i = 0; i < size; ++i) counts[i * kLanes + lane] = 0;
+    const float step = chunk_step(launch, source), inverse = quotient(1.0f, step);
+    const uint32_t coarse = power_of_three(source.passes - 1);
+    uint32_t largest = 0;
     if (channel < source.channels) {
+        const float mean = at_address<const float>(source.means)[channel];
         for (uint32_t t = 0; t < source.tokens; ++t) {
-            Climber climber;
-            const uint32_t index = climber.start(quotient(*values_at(source, t, channel), step), coarse);
-            ++counts[min_of(index, 16) * kLanes + lane];
+            const float value =
+                is_exempt(source, t) ? 0.0f : scaled_at(source, t, channel, mean, inverse);
+            const uint32_t magnitude = as_bits(magnitude_of(value));
+            largest = magnitude > largest ? magnitude : largest;
+            Climber climber(value, coarse);
+            ++counts[min_of(climber.index, 16) * kLanes + lane];
             for (uint32_t pass = 1; pass < source.passes; ++pass) {
-                const uint32_t first = 17 + 6 * (pass - 1) + (climber.significant ? 3 : 0);
+                const uint32_t first = kCoarseCounters + kRefineCounters * (pass - 1) +
+                                       (climber.significant ? 3 : 0);
                 ++counts[(first + climber.next()) * kLanes + lane];
             }
         }
+        // Counts have 15 bits: those of longer chunks lose their low bits.
+        unsigned shift = 0;
+        while (source.tokens >> shift >= 1u << 15) ++shift;
+        for (unsigned i = 0; i < size; ++i) counts[i * kLanes + lane] >>= shift;
     }
+    largest = warp_max(largest);
+    if (lane == 0) atomic_max(&result_of(source).largest, largest);
     sync_warp();
-    const double* const costs = at_address<const double>(launch.coarse);
-    double* const partials = partials_of(source, tile);
-    double of_offset = 0;
+    const uint32_t* const costs = at_address<const uint32_t>(launch.coarse);
+    uint64_t of_offset = 0;
     for (unsigned other = 0; other < min_of(kTile, source.channels - tile.first); ++other) {
         const uint32_t c = tile.first + other;
         if (source.deviations) {
             // Lane n has shift n - 12.
             const uint32_t one = profile_class(launch, source, c, double{step}, int32_t(lane) - 12);
-            of_offset = sum(of_offset, code_length(costs, counts + other, source.passes, one));
+            of_offset += code_length(costs, counts + other, size, one);
             continue;
         }
-        double best = 0;
-        uint32_t chosen = kAllClasses;
+        uint32_t best = 0xffffffffu, chosen = 0;
         for (uint32_t one = lane; one < kAllClasses; one += kLanes) {
-            const double bits = code_length(costs, counts + other, source.passes, one);
-            if (chosen == kAllClasses || bits < best) {
-                best = bits;
-                chosen = one;
-            }
+            const uint32_t length = code_length(costs, counts + other, size, one);
+            if (length >= best) continue;
+            best = length;
+            chosen = one;
         }
         for (unsigned half = 16; half; half /= 2) {
-            const double bits = shuffle_double(best, lane ^ half);
-            const uint32_t one = shuffle(chosen, lane ^ half);
-            if (bits < best || (bits == best && one < chosen)) {
-                best = bits;
-                chosen = one;
-            }
+            const uint32_t length = shuffle(best, lane ^ half), one = shuffle(chosen, lane ^ half);
+            if (length > best || (length == best && one > chosen)) continue;
+            best = length;
+            chosen = one;
         }
         if (lane == 0) at_address<uint8_t>(source.classes)[c] = static_cast<uint8_t>(chosen);
     }
-    if (source.deviations && lane < kOffsets) partials[lane] = of_offset;
+    if (source.deviations && lane < kOffsets)
+        reinterpret_cast<uint64_t*>(partials_of(source, tile))[lane] = of_offset;
 }
 
-// With a profile: the shift with the shortest code, then all classes. A warp for each group.
+// With a profile: the shift with the shortest code, then all classes. A warp for each group, which
+// also sees whether pass 0 reaches all values.
 CACHEGEN_KERNEL(choose_offset)(uint64_t address) {
     const Launch& launch = *at_address<const Launch>(address);
-    const unsigned warp = warp_of_launch();
+    const unsigned warp = warp_of_launch(), lane = lane_index();
     if (warp >= launch.count) return;
     const Source& source = source_of(launch, launch.first + warp);
+    GroupResult& result = result_of(source);
+    const float reach =
+        product(sum(127.0f, 0.6f), static_cast<float>(power_of_three(source.passes - 1)));
+    if (lane == 0 && as_float(result.largest) > reach) give_up(launch, source.error, kBeyondReach);
     if (!source.deviations) return;
-    double best = 0;
-    int32_t chosen = -12;
-    for (unsigned n = 0; n < kOffsets; ++n) {
-        const double bits = sum_partials(source, n);
-        if (n && !(bits < best)) continue;
-        best = bits;
-        chosen = static_cast<int32_t>(n) - 12;
+    // Lane n sums shift n - 12 over all tiles.
+    uint64_t length = 0;
+    const uint64_t* const all = at_address<const uint64_t>(source.partials);
+    for (uint32_t tile = 0; tile < source.tiles; ++tile) length += all[uint64_t{tile} * kPartials + lane];
+    if (lane >= kOffsets) length = ~uint64_t{0};
+    uint32_t chosen = lane;
+    for (unsigned half = 16; half; half /= 2) {
+        const uint64_t other = uint64_t{shuffle(static_cast<uint32_t>(length >> 32), lane ^ half)} << 32 |
+                               shuffle(static_cast<uint32_t>(length), lane ^ half);
+        const uint32_t one = shuffle(chosen, lane ^ half);
+        if (other > length || (other == length && one > chosen)) continue;
+        length = other;
+        chosen = one;
     }
+    const int32_t offset = static_cast<int32_t>(chosen) - 12;
     const double step = chunk_step(launch, source);
-    for (uint32_t c = lane_index(); c < source.channels; c += kLanes)
+    for (uint32_t c = lane; c < source.channels; c += kLanes)
         at_address<uint8_t>(source.classes)[c] =
-            static_cast<uint8_t>(profile_class(launch, source, c, step, chosen));
-    if (lane_index() == 0) result_of(source).offset = chosen;
+            static_cast<uint8_t>(profile_class(launch, source, c, step, offset));
+    if (lane == 0) result.offset = offset;
 }
 
-CACHEGEN_DEVICE uint32_t power_of_three(uint32_t n) {
-    uint32_t power = 1;
-    for (uint32_t i = 0; i < n; ++i) power *= 3;
-    return power;
-}
-
-// Adds the squared errors of a value after every pass. offsets: of its way, [pass][late][class].
-CACHEGEN_DEVICE void add_errors(const Source& source, float value, float coarse,
-                                const float* offsets, uint32_t scale_class, double* errors) {
-    Climber climber;
-    auto v = static_cast<int32_t>(climber.start(value, coarse));
-    if (climber.negative) v = -v;
-CACHEGEN_UNROLL
-    for (uint32_t pass = 0; pass < kMaxPasses; ++pass) {
-        if (pass >= source.passes) break;
-        const auto limit = static_cast<int32_t>(power_of_three(pass));
-        if (pass) {
-            const auto digit = static_cast<int32_t>(climber.next());
-            const int32_t twice = digit << ((v < 0 ? -v : v) < limit / 3);
-            v = 3 * v + (v ? (v < 0 ? -twice : twice) : digit - 1);
-        }
-        const int32_t size = v < 0 ? -v : v;
-        const float* const of_pass = offsets + pass * 2 * kClasses;
-        const float m = static_cast<float>(size);
-        const float cell = size < limit ? sum(product(m, 0.6f), of_pass[kClasses + scale_class])
-                                        : sum(m, of_pass[scale_class]);
-        const auto step = static_cast<float>(power_of_three(source.passes - 1 - pass));
-        const float x = product(v == 0 ? 0.0f : cell, step);
-        const double difference = sum(v < 0 ? -x : x, -value);
-        errors[pass] = sum(errors[pass], product(difference, difference));
-    }
-}
-
-// Squared errors of a tile's values after every pass, by way of reconstruction: of every `extra`th
-// token for all decays, or with extra 1 of all tokens for the one that was chosen.
-// launch.coarse: offsets, [way][pass][late][class].
-CACHEGEN_KERNEL(sum_errors)(uint64_t address) {
+// Where values lie in their cells, at every kErrorPlaces-th place, by class.
+CACHEGEN_KERNEL(count_bins)(uint64_t address) {
     const Launch& launch = *at_address<const Launch>(address);
     Columns tile;
     if (!tile_of(launch, tile)) return;
     const Source& source = source_of(launch, tile.owner);
     const uint32_t channel = tile.first + lane_index();
-    const bool exists = channel < source.channels, chosen = launch.extra == 1;
-    const float step = chunk_step(launch, source), coarse = coarse_step_of(source);
-    const uint32_t per_way = source.passes * 2 * kClasses;
-    const uint32_t scale_class =
-        exists ? at_address<const uint8_t>(source.classes)[channel] % kClasses : 0;
-    for (unsigned way = 0; way < (chosen ? 1u : kDecays); ++way) {
-        const float* const offsets = at_address<const float>(launch.coarse) +
-                                     (chosen ? result_of(source).decay : way) * per_way;
-        double errors[kMaxPasses] = {};
-        if (exists)
-            for (uint32_t t = 0; t < source.tokens; t += launch.extra)
-                add_errors(source, quotient(*values_at(source, t, channel), step), coarse, offsets,
-                           scale_class, errors);
-CACHEGEN_UNROLL
-        for (uint32_t pass = 0; pass < kMaxPasses; ++pass) {
-            if (pass >= source.passes) break;
-            const double total = warp_sum(errors[pass]);
-            if (lane_index() == 0) partials_of(source, tile)[way * source.passes + pass] = total;
+    if (channel >= source.channels) return;
+    const float inverse = quotient(1.0f, chunk_step(launch, source));
+    const float mean = at_address<const float>(source.means)[channel];
+    const uint32_t coarse = power_of_three(source.passes - 1);
+    const uint32_t scale_class = at_address<const uint8_t>(source.classes)[channel] % kClasses;
+    uint32_t* const bins =
+        at_address<uint32_t>(source.histogram) + scale_class * histogram_bins(source.passes);
+    const uint32_t places = (source.tokens + kLanes - 1) / kLanes;
+    uint32_t zeros = 0;  // most values of fine components fall there
+    for (uint32_t place = 0; place < places; place += kErrorPlaces) {
+        for (uint32_t token = place; token < source.tokens; token += places) {
+            if (is_exempt(source, token)) continue;
+            const Climber climber(scaled_at(source, token, channel, mean, inverse), coarse);
+            if (climber.bin == 2)
+                ++zeros;
+            else
+                atomic_add(bins + climber.bin, 1);
         }
     }
+    if (zeros) atomic_add(bins + 2, zeros);
 }
 
-// The decay with the smallest errors, those of all passes counting the same; or, with extra 1, the
-// errors of a group after each pass. A warp for each group.
-CACHEGEN_KERNEL(choose_decay)(uint64_t address) {
+// Sums over values of their places in cells, in quarters of the finest one.
+struct Moments {
+    uint64_t count, sums, squares;
+
+    CACHEGEN_DEVICE void add(uint64_t times, uint64_t place) {
+        count += times;
+        sums += times * place;
+        squares += times * place * place;
+    }
+    // Squared distances, in finest cells, from a point, as in csrc/fused_fit.cpp.
+    CACHEGEN_DEVICE double error(double point) const {
+        const auto n = static_cast<double>(count), first = static_cast<double>(sums);
+        const double second =
+            quotient(sum(sum(static_cast<double>(squares), first), quotient(n, 3.0)), 16.0);
+        const double mixed = product(product(2.0, point), quotient(sum(first, quotient(n, 2.0)), 4.0));
+        return sum(sum(second, -mixed), product(n, product(point, point)));
+    }
+};
+
+// The squared errors of a group after every pass, for every decay. A warp for each group, a lane for
+// each class. launch.coarse: places in cells as shares of their widths, [decay][pass][late][class].
+CACHEGEN_KERNEL(measure_errors)(uint64_t address) {
     const Launch& launch = *at_address<const Launch>(address);
-    const unsigned warp = warp_of_launch();
+    const unsigned warp = warp_of_launch(), lane = lane_index();
     if (warp >= launch.count) return;
     const Source& source = source_of(launch, launch.first + warp);
     GroupResult& result = result_of(source);
-    double best = 0;
-    uint32_t chosen = 0;
-    for (unsigned way = 0; way < (launch.extra == 1 ? 1u : kDecays); ++way) {
-        double logs = 0;
-        for (uint32_t pass = 0; pass < source.passes; ++pass) {
-            const double error = sum_partials(source, way * source.passes + pass);
-            if (launch.extra == 1 && lane_index() == 0) result.errors[pass] = error;
-            logs = sum(logs, logarithm(error > 1e-30 ? error : 1e-30));
-        }
-        if (way && !(logs < best)) continue;
-        best = logs;
-        chosen = way;
+    const uint32_t places = (source.tokens + kLanes - 1) / kLanes, total = histogram_bins(source.passes);
+    const uint32_t late_end = late_bins(source.passes);
+    const uint32_t half = (power_of_three(source.passes - 1) - 1) / 2;
+    uint32_t measured = 0;
+    for (uint32_t place = 0; place < places; place += kErrorPlaces) {
+        const uint32_t token = lane * places + place;
+        measured += token < source.tokens && !is_exempt(source, token);
     }
-    if (launch.extra != 1 && lane_index() == 0) result.decay = chosen;
+    measured = warp_sum(measured);
+    if (measured == 0) return;
+    const double share_of_all = quotient(static_cast<double>(source.tokens - result.exempt),
+                                         static_cast<double>(measured));
+    const double* const shares = at_address<const double>(launch.coarse);
+    for (uint32_t pass = 0; pass < source.passes; ++pass) {
+        const uint32_t step = power_of_three(source.passes - 1 - pass);
+        double errors[kDecays] = {};
+        for (unsigned first = 0; first < kClasses; first += kLanes) {
+            const uint32_t k = first + lane;
+            const uint32_t* const bins = at_address<const uint32_t>(source.histogram) + k * total;
+            Moments zero{}, late{}, early{};
+            bool any = false;
+            for (uint32_t bin = 0; bin < total; ++bin) {
+                const uint32_t n = bins[bin];
+                if (!n) continue;
+                any = true;
+                const uint32_t size = bin / 4, inside = (bin - late_end) / 4 % step;
+                if (bin >= late_end)
+                    early.add(n, 4 * inside + (bin - late_end) % 4);
+                else if (2 * size > step)
+                    late.add(n, 4 * ((size + half) % step) + bin % 4);
+                else
+                    zero.add(n, static_cast<uint64_t>(static_cast<int64_t>(bin) - 2));
+            }
+            const uint32_t present = ballot(any);
+            for (unsigned decay = 0; decay < kDecays; ++decay) {
+                const double* const share = shares + (decay * source.passes + pass) * 2 * kClasses + k;
+                const auto width = static_cast<double>(step);
+                const double outside =
+                    sum(late.error(product(share[kClasses], width)), zero.error(0));
+                const double error =
+                    sum(early.error(product(share[0], width)), product(1.2 * 1.2, outside));
+                for (unsigned other = 0; other < kLanes; ++other) {
+                    const double of_class = shuffle_double(error, other);
+                    if (present >> other & 1) errors[decay] = sum(errors[decay], of_class);
+                }
+            }
+        }
+        if (lane == 0)
+            for (unsigned decay = 0; decay < kDecays; ++decay)
+                result.errors[decay][pass] = product(errors[decay], share_of_all);
+    }
 }
 
 }  // namespace cachegen

@@ -68,8 +68,8 @@ inline uint32_t shuffle(uint32_t value, unsigned lane) {
 
 inline unsigned count_bits(uint32_t bits) { return static_cast<unsigned>(std::popcount(bits)); }
 inline void atomic_or(uint32_t* at, uint32_t bits) { *at |= bits; }
+inline void atomic_add(uint32_t* at, uint32_t value) { *at += value; }
 inline void atomic_max(uint32_t* at, uint32_t value) { *at = value > *at ? value : *at; }
-inline void atomic_max(uint64_t* at, uint64_t value) { *at = value > *at ? value : *at; }
 inline float as_float(uint32_t bits) { return float_from_bits(bits); }
 inline uint32_t as_bits(float value) { return bits_from_float(value); }
 inline float product(float a, float b) { return a * b; }
@@ -82,7 +82,6 @@ inline double quotient(double a, double b) { return a / b; }
 inline double fused(double a, double b, double c) { return std::fma(a, b, c); }
 inline double nearest_integer(double a) { return std::nearbyint(a); }
 inline double root(double a) { return std::sqrt(a); }
-inline double logarithm(double a) { return std::log(a); }
 inline uint64_t bits_of_double(double a) { return std::bit_cast<uint64_t>(a); }
 inline double double_of_bits(uint64_t bits) { return std::bit_cast<double>(bits); }
 

@@ -90,10 +90,9 @@ struct Coded {
     uint32_t symbol, context;
 };
 
-CACHEGEN_DEVICE Coded coded_at(float value, uint32_t pass, float coarse) {
-    Climber climber;
-    const uint32_t index = climber.start(value, coarse);
-    if (pass == 0) return {2 * index - (climber.negative && index ? 1u : 0u), 0};
+CACHEGEN_DEVICE Coded coded_at(float value, uint32_t pass, uint32_t coarse) {
+    Climber climber(value, coarse);
+    if (pass == 0) return {climber.coarse_symbol(), 0};
     Coded coded{0, 0};
     for (uint32_t j = 0; j < pass; ++j) {
         coded.context = climber.significant;
@@ -113,7 +112,9 @@ CACHEGEN_KERNEL(encode_progressive)(uint64_t address) {
                            thread_index() / kLanes * kBlockSteps * kInverseWords<32>;
     const uint32_t above = lanes_above(lane), places = (source.tokens + kLanes - 1) / kLanes;
     const uint32_t below = source.passes - 1 - run.pass;
-    const float step = chunk_step(launch, source), coarse = coarse_step_of(source);
+    const float inverse = quotient(1.0f, chunk_step(launch, source));
+    const float* const means = at_address<const float>(source.means);
+    const uint32_t coarse = power_of_three(source.passes - 1);
     const uint8_t* const classes = at_address<const uint8_t>(source.classes);
     const uint8_t* const escape_of = at_address<const uint8_t>(launch.coarse_escapes);
     const uint32_t* const tables = at_address<const uint32_t>(run.pass ? launch.refine : launch.coarse);
@@ -124,12 +125,16 @@ CACHEGEN_KERNEL(encode_progressive)(uint64_t address) {
     for (uint32_t end = run.end_step; end > run.begin_step;) {
         const StepBlock block(run.begin_step, end, source.channels);
         const bool active = lane < lanes_at(source.tokens, places, block.place);
-        const float* const from = values_at(source, lane * places + block.place, block.channel);
+        const uint32_t token = lane * places + block.place;
+        const bool is_zero = active && is_exempt(source, token);
         Coded coded[kBlockSteps];
 CACHEGEN_UNROLL
         for (unsigned i = 0; i < kBlockSteps; ++i) {
             coded[i] = Coded{0, 0};
-            if (i < block.steps && active) coded[i] = coded_at(quotient(from[i], step), run.pass, coarse);
+            if (i >= block.steps || !active) continue;
+            const uint32_t c = block.channel + i;
+            const float value = is_zero ? 0.0f : scaled_at(source, token, c, means[c], inverse);
+            coded[i] = coded_at(value, run.pass, coarse);
         }
         const uint32_t mine = block.channel + min_of(lane % kBlockSteps, block.steps - 1);
         const uint32_t model = model_of(classes[mine], below);

@@ -8,13 +8,17 @@
 namespace cachegen {
 
 inline constexpr unsigned kTile = 32;       // channels of a warp that goes through all tokens
-inline constexpr unsigned kPartials = 32;   // doubles that it leaves behind
-inline constexpr unsigned kCounters = 47;   // of a channel's digits, at most: 17 + 6 * 5
+inline constexpr unsigned kPartials = 32;   // 64-bit numbers that it leaves behind
+inline constexpr unsigned kCoarseCounters = 18, kRefineCounters = 6;
+inline constexpr unsigned kCounters = kCoarseCounters + kRefineCounters * (kMaxPasses - 1);
 inline constexpr unsigned kAllClasses = 192;
 inline constexpr unsigned kDecays = 4;
 inline constexpr unsigned kOffsets = 25;    // shifts of a profile's classes: -12 to 12
+inline constexpr uint32_t kErrorPlaces = 8;  // every so many places errors are measured
+inline constexpr uint32_t kFewTokens = 8;    // fewer have no mean and no outliers
 inline constexpr uint32_t kExempt = 1, kOdd = 2;  // marks of a token
 inline constexpr float kLargestMagnitude = 1.2676506002282294e30f;  // 2^100
+inline constexpr uint32_t kHugeBits = (127u + 50) << 23;  // 2^50: squares beyond do not sum in a float
 
 // What made a kernel give up, beside those of plan.cuh. The host then encodes on the CPU, which
 // does it or names the error.
@@ -22,15 +26,18 @@ inline constexpr uint32_t kBadValue = 16, kBeyondReach = 32, kOutOfRoom = 64;
 
 // A group of progressive on its way from values to digits.
 struct Source {
-    uint64_t values;      // floats: rows as the planes join them, then coefficients
-    uint64_t medians;     // floats, one a channel
-    uint64_t norms;       // doubles, one a token
+    uint64_t values;      // floats: rows as the planes join them, weighted; or components
+    uint64_t centres;     // floats, one a channel: what sums and norms are taken from
+    uint64_t sums;        // floats, one a channel
+    uint64_t norms;       // floats, one a token; with a profile doubles
+    uint64_t largest;     // bits of floats, one a token
     uint64_t marks;       // bytes, one a token
-    uint64_t means;       // doubles, one a channel
+    uint64_t means;       // floats, one a channel
     uint64_t levels;      // int8, one a channel: means as they are stored
     uint64_t classes;     // bytes, one a channel
+    uint64_t histogram;   // uint32: 64 classes of bins, see climb.cuh
     uint64_t result;      // GroupResult
-    uint64_t partials;    // kPartials doubles for each tile
+    uint64_t partials;    // kPartials numbers of 64 bits for each tile
     uint64_t deviations;  // floats of a profile's components; 0: no profile
     uint64_t families;    // bytes of the same
     uint64_t halves;      // workspace of the transform: two matrices of halves
@@ -39,35 +46,33 @@ struct Source {
     uint64_t centre;      // floats: what is subtracted before the transform
     uint32_t tokens, channels, stride, passes;
     uint32_t plane, planes;  // first one, number of them
-    uint32_t chunk, sinks, error;
-    uint32_t first_tile, tiles;  // of all tiles of the launch
+    uint32_t chunk, sinks, error, tiles;
     uint32_t components;
     float forward_scale;
-    uint32_t zero;
 };
-static_assert(sizeof(Source) == 176);
+static_assert(sizeof(Source) == 192);
 
 // What the host learns of a group.
 struct GroupResult {
-    double errors[kMaxPasses];  // squared, in finest steps, after each pass
-    uint64_t largest_mean;      // bits of a double
-    uint32_t largest;           // bits of a float: of the coefficients
-    uint32_t widest;            // bits of a float: of the rows before a transform
+    double errors[kDecays][kMaxPasses];  // squared, in finest steps, after each pass
+    double energy;
+    uint32_t largest;  // bits of a float: of the coefficients, in steps
+    uint32_t widest;   // bits of a float: of the rows before a transform
     float mean_scale;
     uint32_t exempt;
-    uint32_t decay;             // index
     int32_t offset;
+    uint32_t done;     // no more outliers
 };
-static_assert(sizeof(GroupResult) == 80);
+static_assert(sizeof(GroupResult) == 224);
 
 // One chunk of progressive.
 struct ChunkState {
-    double relative, values, reach;  // of the step; of the number of values; of pass 0, in steps
-    double spread;                   // out
-    float step;                      // out
-    uint32_t first_group, groups, error;
+    double relative, values;  // of the step; the number of values
+    double spread;            // out
+    float step;               // out
+    uint32_t first_group, groups, zero;
 };
-static_assert(sizeof(ChunkState) == 48);
+static_assert(sizeof(ChunkState) == 40);
 
 // A tile of a matrix.
 struct Columns {

@@ -39,8 +39,11 @@ CACHEGEN_DEVICE uint32_t plain_symbol(const Launch& launch, const Plain& plain, 
         const Source& source = source_of(launch, plain.owner);
         const auto token = static_cast<uint32_t>(at / source.channels);
         const auto channel = static_cast<uint32_t>(at % source.channels);
-        const float value = quotient(*values_at(source, token, channel), chunk_step(launch, source));
-        return coded_at(value, plain.pass, coarse_step_of(source)).symbol;
+        const float mean = at_address<const float>(source.means)[channel];
+        const float inverse = quotient(1.0f, chunk_step(launch, source));
+        const float value =
+            is_exempt(source, token) ? 0.0f : scaled_at(source, token, channel, mean, inverse);
+        return coded_at(value, plain.pass, power_of_three(source.passes - 1)).symbol;
     }
     const Symbols& matrix = symbols_of(launch, plain.owner);
     const uint32_t symbol = at_address<const uint8_t>(matrix.symbols)[at];

@@ -73,10 +73,8 @@ CACHEGEN_DEVICE uint32_t load_word(const uint16_t* at) {
 
 CACHEGEN_DEVICE unsigned count_bits(uint32_t bits) { return static_cast<unsigned>(__popc(bits)); }
 CACHEGEN_DEVICE void atomic_or(uint32_t* at, uint32_t bits) { atomicOr(at, bits); }
+CACHEGEN_DEVICE void atomic_add(uint32_t* at, uint32_t value) { atomicAdd(at, value); }
 CACHEGEN_DEVICE void atomic_max(uint32_t* at, uint32_t value) { atomicMax(at, value); }
-CACHEGEN_DEVICE void atomic_max(uint64_t* at, uint64_t value) {
-    atomicMax(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
-}
 CACHEGEN_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 CACHEGEN_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
 // Rounded to float after every operation, as on the host: no contraction to FMA.
@@ -90,7 +88,6 @@ CACHEGEN_DEVICE double quotient(double a, double b) { return __ddiv_rn(a, b); }
 CACHEGEN_DEVICE double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
 CACHEGEN_DEVICE double nearest_integer(double a) { return rint(a); }
 CACHEGEN_DEVICE double root(double a) { return __dsqrt_rn(a); }
-CACHEGEN_DEVICE double logarithm(double a) { return log(a); }
 CACHEGEN_DEVICE uint64_t bits_of_double(double a) {
     return static_cast<uint64_t>(__double_as_longlong(a));
 }

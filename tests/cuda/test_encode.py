@@ -114,11 +114,10 @@ def test_golden_objects(emulated: EmulatedDevice, name: str) -> None:
     assert data == (GOLDEN / f"{name}.cgen").read_bytes()
 
 
-def test_golden_digits(emulated: EmulatedDevice) -> None:
-    """The chunk whose digits are frozen, and the same object as on the CPU."""
+def test_a_golden_chunk(emulated: EmulatedDevice) -> None:
+    """Of progressive it is frozen how objects decode; encoders must agree with each other."""
     script, codec = golden_script(), ProgressiveCodec()
     data = encoded(emulated, codec, script.rotated_chunk(0), keys=[script.key()])
-    assert script.digits_digest(data, None) == (GOLDEN / "progressive.digits").read_text().strip()
     assert data == codec.encode(script.rotated_chunk(0), key=script.key())
 
 

@@ -18,14 +18,14 @@ from cachegen.codec.header import Header
 from cachegen.native.cuda import encode_plan, plan
 from cachegen.native.cuda.device import Device
 
-# Room for what a stream becomes, in 16-bit words and bytes, for each symbol: more than a segment may
-# take without being stored in another way, unless its streams are very unlike each other.
+# Room for what a stream becomes, in 16-bit words and bytes, for each symbol: more than a segment
+# may take without being stored in another way, unless its streams are very unlike each other.
 ROOM = {"bytes": (1 / 2, 1 / 4), "digits": (3 / 16, 0.0)}
 SPARE = 128
 MAX_WARPS = 4096
 # Shared memory: inverse tables of eight steps, and counters of 32 channels, for each warp.
 TABLE_BYTES = WARPS * 8 * encode_plan.INVERSE_WORDS * 32 * 4
-COUNTER_BYTES = WARPS * 47 * LANES * 4
+COUNTER_BYTES = WARPS * 48 * LANES * 4
 
 
 @dataclass
@@ -168,14 +168,22 @@ class EncodeBatch(Batch):
         job.launch("load_values", share * len(owners), load)
         if self.forward_tiles:
             self._launch_forward(record)
-        job.launch("column_medians", warps, columns)
-        norms = each.copy()
+        tokens = each.copy()
         longest = max(int(source["tokens"][0]) for source in self.sources)
-        norms["extra"] = share = max(1, min(longest, MAX_WARPS // groups))
-        job.launch("row_norms", -(-groups * share // WARPS), norms)
-        job.launch("find_outliers", -(-groups // WARPS), each)
-        job.launch("column_means", warps, columns)
-        job.launch("centre_columns", warps, columns)
+        per_group = -(-groups // WARPS)
+        if self.forward_tiles:
+            tokens["extra"] = share = max(1, min(longest, MAX_WARPS // groups))
+            job.launch("column_medians", warps, columns)
+            job.launch("row_norms", -(-groups * share // WARPS), tokens)
+            job.launch("find_odd", per_group, each)
+            job.launch("sum_squares", warps, columns)
+        else:
+            tokens["extra"] = share = -(-longest // LANES)
+            for _ in range(encode_plan.ROUNDS):
+                job.launch("survey_columns", warps, columns)
+                job.launch("survey_tokens", -(-groups * share // WARPS), tokens)
+                job.launch("find_outliers", per_group, each)
+        job.launch("set_means", per_group, each)
         chunks = record.copy()
         chunks["count"] = len(self.chunks)
         chunks["items"] = job.structs(encode_plan.CHUNK_STATE, self.chunks)
@@ -185,13 +193,11 @@ class EncodeBatch(Batch):
         job.launch("fit_classes", warps, fit, COUNTER_BYTES)
         shift = each.copy()
         shift["refine"] = self.inverses.edges
-        job.launch("choose_offset", -(-groups // WARPS), shift)
-        for stride in (8, 1):
-            sums, choice = columns.copy(), each.copy()
-            sums["coarse"] = self.inverses.offsets[passes - 1]
-            sums["extra"] = choice["extra"] = stride
-            job.launch("sum_errors", warps, sums)
-            job.launch("choose_decay", -(-groups // WARPS), choice)
+        job.launch("choose_offset", per_group, shift)
+        job.launch("count_bins", warps, columns)
+        errors = each.copy()
+        errors["coarse"] = self.inverses.shares[passes - 1]
+        job.launch("measure_errors", per_group, errors)
         coder = record.copy()
         coder["coarse"], coder["refine"] = self.inverses.coarse, self.inverses.refine
         coder["streams"] = job.structs(encode_plan.RUN, self.runs)

@@ -48,9 +48,7 @@ class ProgressiveEncoding:
         self.first = len(batch.sources)
         state = np.zeros(1, encode_plan.CHUNK_STATE)
         state["relative"], state["values"] = relative, feed.shadow.value_count
-        state["reach"] = ladder.reach(self.passes)
         state["first_group"], state["groups"] = self.first, len(self.basis.groups)
-        state["error"] = batch.new_error(feed)
         batch.chunks.append(state)
         self.groups = [
             _plan_group(batch, self, index, held) for index in range(len(self.basis.groups))
@@ -129,20 +127,20 @@ class ProgressiveEncoding:
             size = len(chosen.exempt) * channels * dtype.itemsize
             taken = np.frombuffer(collector.bytes(chosen.exempt_at, size), dtype)
             exempt = taken.reshape(len(chosen.exempt), channels)
+        # As on the CPU: relative errors of all passes count the same.
+        errors = found["errors"][:, : self.passes]
+        best = int(np.log(np.maximum(errors, 1e-30)).sum(axis=1).argmin())
+        distortions = (errors[best] * (self.step * self.step * weight)).tolist()
         side = GroupSide(
             chosen.exempt,
             exempt,
-            np.zeros(channels, np.float32),
+            np.zeros(0, np.float32),
             chosen.levels,
             float(found["mean_scale"]),
             chosen.classes,
             int(found["offset"]),
-            passes.DECAYS[int(found["decay"])],
+            passes.DECAYS[best],
         )
-        distortions = [
-            float(error) * self.step * self.step * weight
-            for error in found["errors"][: self.passes]
-        ]
         body = side.to_bytes(plain=self.profile is None)
         return [
             SegmentBody(group.index, 0, SIDE, body, distortions[0]),
@@ -185,8 +183,11 @@ def _plan_group(
     batch.source_planes += [(first + i, owner) for i in range(len(planes))]
     row["plane"], row["planes"] = first, len(planes)
     row["values"] = work.reserve(4 * tokens * stride, 32)
-    row["medians"], row["norms"] = work.reserve(4 * channels), work.reserve(8 * tokens)
-    row["means"] = work.reserve(8 * channels)
+    for name in ("centres", "sums", "means"):
+        row[name] = work.reserve(4 * channels)
+    row["norms"], row["largest"] = work.reserve(8 * tokens), work.reserve(4 * tokens)
+    bins = ladder.CLASSES * encode_plan.histogram_bins(encoding.passes)
+    row["histogram"] = work.reserve(4 * bins)
     tiles = columns(owner, channels)
     row["partials"] = work.reserve(8 * encode_plan.PARTIALS * len(tiles))
     row["marks"], row["levels"] = batch.result(tokens), batch.result(channels)

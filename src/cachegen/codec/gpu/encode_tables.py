@@ -10,13 +10,7 @@ from numpy.typing import NDArray
 
 from cachegen.codec import ladder
 from cachegen.codec.entropy import TOTAL, parametric_tables
-from cachegen.codec.passes import (
-    DECAYS,
-    coarse_costs,
-    coarse_escapes,
-    decay_offsets,
-    refine_costs,
-)
+from cachegen.codec.passes import centroid_shares, coarse_escapes, code_costs
 from cachegen.native.cuda import plan
 from cachegen.native.cuda.device import Device, Memory
 from cachegen.native.cuda.encode_plan import INVERSE_WORDS
@@ -27,9 +21,9 @@ _KEY = "encode"
 
 @dataclass(frozen=True)
 class EncodeTables:
-    """Addresses of what ``csrc/cuda`` calls inverses, costs, edges and offsets.
+    """Addresses of what ``csrc/cuda`` calls inverses, costs, edges and shares.
 
-    costs, offsets: by the number of passes, from 1. gains: of a unit more in a frequency, in bits.
+    costs, shares: by the number of passes, from 1. gains: of a unit more in a frequency, in bits.
     """
 
     coarse: np.uint64
@@ -40,7 +34,7 @@ class EncodeTables:
     gains: np.uint64
     parametric_costs: np.uint64
     costs: tuple[np.uint64, ...]
-    offsets: tuple[np.uint64, ...]
+    shares: tuple[np.uint64, ...]
     memory: tuple[Memory, ...]
 
 
@@ -70,7 +64,7 @@ def _build(device: Device, stream: Any) -> EncodeTables:
     gains = upload.add(unit_gains())
     parametric_costs = upload.add(np.ascontiguousarray(parametric_tables()[1].T, "<f8"))
     costs = [upload.add(_ladder_costs(passes)) for passes in range(1, MAX_PASSES + 1)]
-    offsets = [upload.add(_all_offsets(passes)) for passes in range(1, MAX_PASSES + 1)]
+    shares = [upload.add(centroid_shares(passes)) for passes in range(1, MAX_PASSES + 1)]
     record = np.zeros(1, plan.LAUNCH)
     record["items"] = job.structs(plan.MODELS, items)
     record["errors"] = job.work.reserve(4)
@@ -97,7 +91,7 @@ def _build(device: Device, stream: Any) -> EncodeTables:
         place(gains),
         place(parametric_costs),
         tuple(place(address) for address in costs),
-        tuple(place(address) for address in offsets),
+        tuple(place(address) for address in shares),
         (memory, work),
     )
 
@@ -109,18 +103,8 @@ def unit_gains() -> NDArray[np.float64]:
     return np.ascontiguousarray(gains, "<f8")
 
 
-def _ladder_costs(passes: int) -> NDArray[np.float64]:
-    """Return the bits of what is counted, under every family and class: (counters, 192)."""
-    scale, parts = np.arange(ladder.CLASSES), []
-    for index in range(passes):
-        rows = ladder.row_of(scale, passes - 1 - index)
-        costs = (coarse_costs() if index == 0 else refine_costs())[:, rows]
-        parts.append(costs.reshape(ladder.FAMILIES * ladder.CLASSES, -1).T)
-    return np.ascontiguousarray(np.concatenate(parts), "<f8")
-
-
-def _all_offsets(passes: int) -> NDArray[np.float32]:
-    """Return (decays, passes, 2, 64): by what reconstruction moves values, see ``fit_decay``."""
-    return np.ascontiguousarray(
-        np.stack([decay_offsets(passes, decay) for decay in DECAYS]), np.float32
-    )
+def _ladder_costs(passes: int) -> NDArray[np.uint32]:
+    """Return what is counted costs under every family and class: (counters, 192), 1/1024 bit."""
+    costs = code_costs(passes)
+    rows = costs.transpose(0, 2, 1).reshape(-1, costs.shape[1])
+    return np.ascontiguousarray(rows, "<u4")

@@ -8,33 +8,33 @@ from cachegen.native.cuda.plan import MAX_PASSES, U32, U64
 
 SOURCE = np.dtype(
     [
-        *((name, U64) for name in ("values", "medians", "norms", "marks", "means", "levels")),
-        *((name, U64) for name in ("classes", "result", "partials", "deviations", "families")),
-        *((name, U64) for name in ("halves", "forward", "forward_low", "centre")),
+        *((name, U64) for name in ("values", "centres", "sums", "norms", "largest", "marks")),
+        *((name, U64) for name in ("means", "levels", "classes", "histogram", "result")),
+        *((name, U64) for name in ("partials", "deviations", "families", "halves", "forward")),
+        *((name, U64) for name in ("forward_low", "centre")),
         *((name, U32) for name in ("tokens", "channels", "stride", "passes", "plane", "planes")),
-        *((name, U32) for name in ("chunk", "sinks", "error", "first_tile", "tiles")),
-        ("components", U32),
+        *((name, U32) for name in ("chunk", "sinks", "error", "tiles", "components")),
         ("forward_scale", "<f4"),
-        ("zero", U32),
     ]
 )
+DECAYS = 4
 GROUP_RESULT = np.dtype(
     [
-        ("errors", "<f8", (MAX_PASSES,)),
-        ("largest_mean", "<f8"),
+        ("errors", "<f8", (DECAYS, MAX_PASSES)),
+        ("energy", "<f8"),
         ("largest", "<f4"),
         ("widest", "<f4"),
         ("mean_scale", "<f4"),
         ("exempt", U32),
-        ("decay", U32),
         ("offset", "<i4"),
+        ("done", U32),
     ]
 )
 CHUNK_STATE = np.dtype(
     [
-        *((name, "<f8") for name in ("relative", "values", "reach", "spread")),
+        *((name, "<f8") for name in ("relative", "values", "spread")),
         ("step", "<f4"),
-        *((name, U32) for name in ("first_group", "groups", "error")),
+        *((name, U32) for name in ("first_group", "groups", "zero")),
     ]
 )
 COLUMNS = np.dtype([("owner", U32), ("first", U32)])
@@ -71,6 +71,16 @@ SIZES = {
 TILE = 32
 PARTIALS = 32
 EXEMPT = 1
+# Looks for outliers, see csrc/fused_survey.cpp.
+ROUNDS = 4
+
+
+def histogram_bins(passes: int) -> int:
+    """Return the bins of the errors of a class: of late values and zeros, and of early ones."""
+    coarse: int = 3 ** (passes - 1)
+    return 2 * (coarse + 1) + 4 * coarse
+
+
 # Kinds of Plain, see gather.cuh.
 COARSE_BYTES, DIGIT_PLANES, SYMBOL_BYTES, SYMBOL_PLANES, ROTATED_PLANES, EXACT_ROWS = range(6)
 # Words of an inverse table with 4 and 32 buckets are 3 for each bucket.
