@@ -152,7 +152,7 @@ def test_profiles(emulated: EmulatedDevice, dim: int) -> None:
     assert headers[0].profile == headers[1].profile
     for mine, theirs in zip(*(header.segments for header in headers), strict=True):
         assert mine[:3] == theirs[:3]
-        assert mine.distortion == pytest.approx(theirs.distortion, rel=1e-4)
+        assert mine.distortion == pytest.approx(theirs.distortion, rel=2e-3)
         assert abs(mine.length - theirs.length) <= 4 + theirs.length // 200
     decoded = [decode(one, profile=profile) for one in (data, expected)]
     reader = ObjectReader(data)

@@ -47,6 +47,8 @@ class Tensor:
         dtype is None for types that KV caches do not have, such as int64.
         Raises: GeometryError for other objects.
         """
+        if isinstance(tensor, Tensor):
+            return tensor
         if isinstance(tensor, np.ndarray):
             strides = tuple(step // tensor.itemsize for step in tensor.strides)
             address = tensor.ctypes.data
