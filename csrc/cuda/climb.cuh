@@ -257,21 +257,22 @@ CACHEGEN_KERNEL(measure_errors)(uint64_t address) {
         for (unsigned first = 0; first < kClasses; first += kLanes) {
             const uint32_t k = first + lane;
             const uint32_t* const bins = at_address<const uint32_t>(source.histogram) + k * total;
-            Moments zero{}, late{}, early{};
-            bool any = false;
-            for (uint32_t bin = 0; bin < total; ++bin) {
-                const uint32_t n = bins[bin];
-                if (!n) continue;
-                any = true;
-                const uint32_t size = bin / 4, inside = (bin - late_end) / 4 % step;
-                if (bin >= late_end)
-                    early.add(n, 4 * inside + (bin - late_end) % 4);
-                else if (2 * size > step)
+            Moments early{}, late{}, zero{};
+            uint32_t seen = 0;
+            for (uint32_t bin = 0; bin < late_end; ++bin) {
+                const uint32_t n = bins[bin], size = bin / 4;
+                seen |= n;
+                if (2 * size > step)
                     late.add(n, 4 * ((size + half) % step) + bin % 4);
-                else
-                    zero.add(n, static_cast<uint64_t>(static_cast<int64_t>(bin) - 2));
+                else if (n)  // of which none is below 2
+                    zero.add(n, bin - 2);
             }
-            const uint32_t present = ballot(any);
+            for (uint32_t bin = late_end; bin < total; ++bin) {
+                seen |= bins[bin];
+                early.add(bins[bin], 4 * ((bin - late_end) / 4 % step) + (bin - late_end) % 4);
+            }
+            const uint32_t present = ballot(seen != 0);
+CACHEGEN_UNROLL
             for (unsigned decay = 0; decay < kDecays; ++decay) {
                 const double* const share = shares + (decay * source.passes + pass) * 2 * kClasses + k;
                 const auto width = static_cast<double>(step);
@@ -279,10 +280,12 @@ CACHEGEN_KERNEL(measure_errors)(uint64_t address) {
                     sum(late.error(product(share[kClasses], width)), zero.error(0));
                 const double error =
                     sum(early.error(product(share[0], width)), product(1.2 * 1.2, outside));
+                double total_error = errors[decay];
                 for (unsigned other = 0; other < kLanes; ++other) {
                     const double of_class = shuffle_double(error, other);
-                    if (present >> other & 1) errors[decay] = sum(errors[decay], of_class);
+                    total_error = sum(total_error, present >> other & 1 ? of_class : 0.0);
                 }
+                errors[decay] = total_error;
             }
         }
         if (lane == 0)
