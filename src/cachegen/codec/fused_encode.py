@@ -127,9 +127,13 @@ def _segments(
     )
     body = side.to_bytes(plain=plain)
     segments = [SegmentBody(index, 0, SIDE, body, distortions[0])]
-    for number, (kind, bytes_) in enumerate(found.passes):
+    for number, (kind, coded_body) in enumerate(found.passes):
         bits = passes.DIGIT_BITS if _KINDS[kind] == PACKED else 0
-        segments.append(SegmentBody(index, number, _KINDS[kind], bytes_, distortions[number], bits))
+        segments.append(
+            SegmentBody(
+                index, number, _KINDS[kind], memoryview(coded_body), distortions[number], bits
+            )
+        )
     return segments
 
 

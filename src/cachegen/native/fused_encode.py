@@ -60,7 +60,8 @@ class EncodedGroup(NamedTuple):
 
     exempt: tokens, rising. mean_levels: (N,) int8 as bytes; mean_scale: 0 for no mean.
     classes: (N,) uint8 as bytes, family * 64 + class. class_offset: shift of a profile's.
-    errors: squared error in finest steps, by decay, then by pass. passes: (kind, body).
+    errors: squared error in finest steps, by decay, then by pass. passes: (kind,
+    body), bodies being views of the encoder's memory.
     """
 
     exempt: list[int]
@@ -69,7 +70,7 @@ class EncodedGroup(NamedTuple):
     classes: bytes
     class_offset: int
     errors: list[float]
-    passes: list[tuple[int, bytes]]
+    passes: list[tuple[int, Symbols]]
 
 
 class EncodeTables:
