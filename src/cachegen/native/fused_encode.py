@@ -110,8 +110,9 @@ class ChunkEncoder:
     ) -> list[EncodedGroup]:
         """Encode all groups after ``survey``.
 
-        step: the finest one. base_classes: (N,) uint8 of groups with components. costs: (pairs, 192, 2), bits of what is counted under every way to
-        code it. centroids: (4, passes, 2, 64), see ``codec.ladder.centroid``.
+        step: the finest one. base_classes: (N,) uint8 of groups with components.
+        costs: (pairs, 192, 2), of what is counted under every way to code it.
+        centroids: (4, passes, 2, 64), see ``codec.ladder.cell_shares``.
         """
         self._core.encode(step, passes, base_classes, tables._core, costs, centroids, threads())
         return [EncodedGroup(*self._core.encoded(index)) for index in range(self._count)]
