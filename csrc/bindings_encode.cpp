@@ -63,19 +63,23 @@ public:
         encode_groups(groups_, settings, step, threads);
     }
 
-    nb::tuple encoded(size_t index) const {
-        const EncodeGroup& group = groups_.at(index);
+    // Bodies are views of this encoder's memory, which `self` keeps alive.
+    static nb::tuple encoded(const nb::object& self, size_t index) {
+        const EncodeGroup& group = nb::cast<const ChunkEncoder&>(self).groups_.at(index);
         nb::list exempt, errors, passes;
         for (const uint32_t token : group.exempt) exempt.append(token);
         for (const auto& way : group.errors)
             for (size_t pass = 0; pass < group.passes.size(); ++pass) errors.append(way[pass]);
         for (const EncodedPass& pass : group.passes)
-            passes.append(nb::make_tuple(static_cast<int>(pass.kind), bytes_of(pass.body)));
+            passes.append(nb::make_tuple(static_cast<int>(pass.kind),
+                                         Body(pass.body.data(), {pass.body.size()}, self)));
         return nb::make_tuple(exempt, bytes_of(group.mean_levels), group.mean_scale,
                               bytes_of(group.classes), group.class_offset, errors, passes);
     }
 
 private:
+    using Body = nb::ndarray<const uint8_t, nb::numpy, nb::ndim<1>>;
+
     void read_group(const nb::tuple& fields) {
         EncodeGroup group;
         group.shape = {nb::cast<uint64_t>(fields[0]), nb::cast<uint64_t>(fields[1])};

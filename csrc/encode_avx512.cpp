@@ -124,8 +124,8 @@ void count_channel_avx512(const uint16_t* codes, const uint8_t* symbols, size_t 
     }
 }
 
-void code_lengths_avx512(const uint16_t* counts, const int16_t* costs, size_t size,
-                         uint32_t* lengths) {
+unsigned code_lengths_avx512(const uint16_t* counts, const int16_t* costs, size_t size,
+                             uint32_t* lengths) {
     constexpr size_t kRegisters = kWays / 16;
     __m512i sums[kRegisters];
 #pragma GCC unroll 12
@@ -142,6 +142,14 @@ void code_lengths_avx512(const uint16_t* counts, const int16_t* costs, size_t si
     }
 #pragma GCC unroll 12
     for (size_t i = 0; i < kRegisters; ++i) _mm512_storeu_si512(lengths + 16 * i, sums[i]);
+    __m512i least = sums[0];
+#pragma GCC unroll 11
+    for (size_t i = 1; i < kRegisters; ++i) least = _mm512_min_epu32(least, sums[i]);
+    least = _mm512_set1_epi32(static_cast<int>(_mm512_reduce_min_epu32(least)));
+    size_t first = 0;
+    while (!_mm512_cmpeq_epi32_mask(_mm512_loadu_si512(lengths + first), least)) first += 16;
+    const __mmask16 found = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(lengths + first), least);
+    return static_cast<unsigned>(first) + static_cast<unsigned>(std::countr_zero(found));
 }
 
 }  // namespace cachegen

@@ -8,8 +8,8 @@ namespace cachegen {
 void encode_steps_avx512(const StepsJob& job);
 void count_channel_avx512(const uint16_t* codes, const uint8_t* symbols, size_t places,
                           size_t stride, unsigned refinements, uint32_t* counts);
-void code_lengths_avx512(const uint16_t* counts, const int16_t* costs, size_t size,
-                         uint32_t* lengths);
+unsigned code_lengths_avx512(const uint16_t* counts, const int16_t* costs, size_t size,
+                             uint32_t* lengths);
 template <KVType kType>
 void read_tile_avx512(const std::byte* const* memory, size_t count, float* rows);
 

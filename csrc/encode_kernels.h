@@ -99,8 +99,9 @@ struct LadderEncodeRows {
     // elements apart.
     void (*count_channel)(const uint16_t* codes, const uint8_t* symbols, size_t places,
                           size_t stride, unsigned refinements, uint32_t* counts);
-    // lengths[way] = sum of counts * costs, modulo 2^32; costs are rows of pairs: [n / 2][way][2].
-    void (*code_lengths)(const uint16_t* counts, const int16_t* costs, size_t size,
+    // lengths[way] = sum of counts * costs, below 2^32; costs are rows of pairs: [n / 2][way][2].
+    // Returns the first way with the least length.
+    unsigned (*code_lengths)(const uint16_t* counts, const int16_t* costs, size_t size,
                          uint32_t* lengths);
     void (*encode_steps)(const StepsJob& job);
     void (*order_statistics)(const float* values, size_t rows, size_t columns, size_t rank,

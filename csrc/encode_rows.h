@@ -154,7 +154,7 @@ void count_channel(const uint16_t* codes, const uint8_t* symbols, size_t places,
     }
 }
 
-void code_lengths(const uint16_t* counts, const int16_t* costs, size_t size, uint32_t* lengths) {
+unsigned code_lengths(const uint16_t* counts, const int16_t* costs, size_t size, uint32_t* lengths) {
     std::fill_n(lengths, kWays, 0u);
     for (size_t pair = 0; pair < size / 2; ++pair, costs += 2 * kWays) {
         const uint32_t first = counts[2 * pair], second = counts[2 * pair + 1];
@@ -163,6 +163,7 @@ void code_lengths(const uint16_t* counts, const int16_t* costs, size_t size, uin
             lengths[way] += first * static_cast<uint32_t>(costs[2 * way]) +
                             second * static_cast<uint32_t>(costs[2 * way + 1]);
     }
+    return static_cast<unsigned>(std::min_element(lengths, lengths + kWays) - lengths);
 }
 
 constexpr LadderEncodeRows encode_rows() {

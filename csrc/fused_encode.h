@@ -135,6 +135,7 @@ public:
 private:
     class Work;
     std::array<AlignedVector<uint16_t>, kMaxPasses> words_;  // of the stream at work
+    std::array<std::vector<uint8_t>, kMaxPasses> bodies_;
 };
 
 }  // namespace cachegen

@@ -71,10 +71,9 @@ private:
             uint16_t counts[kMaxCounts];
             uint32_t lengths[kWays];
             count(c, counts);
-            kernel.code_lengths(counts, settings_.costs, counted_, lengths);
+            const unsigned best = kernel.code_lengths(counts, settings_.costs, counted_, lengths);
             if (plain) {
-                group_.classes[c] =
-                    static_cast<uint8_t>(std::min_element(lengths, lengths + kWays) - lengths);
+                group_.classes[c] = static_cast<uint8_t>(best);
             } else {
                 for (int offset = -kOffsetSteps; offset <= kOffsetSteps; ++offset)
                     by_offset[offset + kOffsetSteps] += lengths[shifted(c, offset)];

@@ -36,12 +36,13 @@ public:
         }
         find_models();
         set_escapes_apart();
-        for (EncodedPass& pass : group_.passes) {
-            pass.body.reserve(size / 8);
-            pass.body.resize(4 + 8 * streams_);
-            put_u32(pass.body, 0, kPassStreamSteps);
+        for (unsigned pass = 0; pass < settings_.passes; ++pass) {
+            buffers_.bodies_[pass].resize(4 + 8 * streams_);
+            put_u32(buffers_.bodies_[pass], 0, kPassStreamSteps);
         }
         for (uint64_t stream = 0; stream < streams_; ++stream) encode_stream(stream);
+        for (unsigned pass = 0; pass < settings_.passes; ++pass)
+            group_.passes[pass].body = buffers_.bodies_[pass];
         if (group_.passes[0].body.size() >= size) keep_bytes();
         for (unsigned pass = 1; pass < settings_.passes; ++pass)
             if (group_.passes[pass].body.size() >= size / 4) keep_packed(pass);
@@ -125,7 +126,7 @@ private:
     }
 
     void finish_stream(unsigned pass, const StreamLayout& stream, PassRun& run, uint64_t index) {
-        std::vector<uint8_t>& body = group_.passes[pass].body;
+        std::vector<uint8_t>& body = buffers_.bodies_[pass];
         const size_t start = body.size();
         std::reverse(run.state, run.state + kLanes);
         append(body, run.state, stream.states);

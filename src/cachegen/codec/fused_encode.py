@@ -127,9 +127,13 @@ def _segments(
     )
     body = side.to_bytes(plain=plain)
     segments = [SegmentBody(index, 0, SIDE, body, distortions[0])]
-    for number, (kind, bytes_) in enumerate(found.passes):
+    for number, (kind, coded_body) in enumerate(found.passes):
         bits = passes.DIGIT_BITS if _KINDS[kind] == PACKED else 0
-        segments.append(SegmentBody(index, number, _KINDS[kind], bytes_, distortions[number], bits))
+        segments.append(
+            SegmentBody(
+                index, number, _KINDS[kind], coded_body.data, distortions[number], bits
+            )
+        )
     return segments
 
 
@@ -163,13 +167,14 @@ class FusedEncoder:
     def __init__(self, chunk: KVChunk, basis: ModelBasis, exempt: Sequence[list[int]]) -> None:
         self._basis = basis
         turns: dict[tuple[int, int, int], Floats] = {}
+        self._planes: list[Array] = []  # what sources point at
         sources = []
         self._energies: list[float] = []
         for group, statistics, tokens in zip(basis.groups, basis.bases, exempt, strict=True):
             held = chunk.layers[group.layer].tokens
             if statistics is None:
                 planes = [
-                    _plane(chunk, layer, basis.value_weight, turns, is_value=side)
+                    self._plane(chunk, layer, basis.value_weight, turns, is_value=side)
                     for layer, side in planes_of_group(group)
                 ]
                 channels = sum(plane.heads * plane.dim for plane in planes)
@@ -204,36 +209,39 @@ class FusedEncoder:
             centroids=passes.centroid_shares(passes_),
         )
 
-
-def _plane(
-    chunk: KVChunk,
-    layer: int,
-    value_weight: float,
-    turns: dict[tuple[int, int, int], Floats],
-    *,
-    is_value: bool,
-) -> PlaneSource:
-    """Describe a plane. turns: angles by kind, position and tokens, which layers share."""
-    held = chunk.layers[layer]
-    plane = held.plane(is_value=is_value)
-    kind = -1 if is_value or chunk.rope is None else chunk.rope.layer_kinds[layer]
-    turn = None
-    if chunk.rope is not None and kind >= 0:
-        known = kind, chunk.first_position + held.begin, held.tokens
-        if known not in turns:
-            order = token_order(held.tokens)
-            rows = angles(chunk.rope, *known, back=True)
-            turns[known] = np.ascontiguousarray(
-                rows[:, np.where(order < held.tokens, order, 0)].transpose(0, 2, 1)
-            )
-        turn = turns[known]
-    return plane_source(
-        plane,
-        chunk.geometry.dtype,
-        weight=value_weight if is_value else 1.0,
-        angles=turn,
-        interleaved=chunk.rope is not None and chunk.rope.interleaved,
-    )
+    def _plane(
+        self,
+        chunk: KVChunk,
+        layer: int,
+        value_weight: float,
+        turns: dict[tuple[int, int, int], Floats],
+        *,
+        is_value: bool,
+    ) -> PlaneSource:
+        """Describe a plane. turns: angles by kind, position and tokens, which layers share."""
+        held = chunk.layers[layer]
+        plane = held.plane(is_value=is_value)
+        if plane.shape[2] > 1 and plane.strides[2] != plane.itemsize:
+            plane = np.ascontiguousarray(plane)
+        self._planes.append(plane)
+        kind = -1 if is_value or chunk.rope is None else chunk.rope.layer_kinds[layer]
+        turn = None
+        if chunk.rope is not None and kind >= 0:
+            known = kind, chunk.first_position + held.begin, held.tokens
+            if known not in turns:
+                order = token_order(held.tokens)
+                rows = angles(chunk.rope, *known, back=True)
+                turns[known] = np.ascontiguousarray(
+                    rows[:, np.where(order < held.tokens, order, 0)].transpose(0, 2, 1)
+                )
+            turn = turns[known]
+        return plane_source(
+            plane,
+            chunk.geometry.dtype,
+            weight=value_weight if is_value else 1.0,
+            angles=turn,
+            interleaved=chunk.rope is not None and chunk.rope.interleaved,
+        )
 
 
 def analyse(

@@ -60,7 +60,8 @@ class EncodedGroup(NamedTuple):
 
     exempt: tokens, rising. mean_levels: (N,) int8 as bytes; mean_scale: 0 for no mean.
     classes: (N,) uint8 as bytes, family * 64 + class. class_offset: shift of a profile's.
-    errors: squared error in finest steps, by decay, then by pass. passes: (kind, body).
+    errors: squared error in finest steps, by decay, then by pass. passes: (kind,
+    body), bodies being views of the encoder's memory.
     """
 
     exempt: list[int]
@@ -69,7 +70,7 @@ class EncodedGroup(NamedTuple):
     classes: bytes
     class_offset: int
     errors: list[float]
-    passes: list[tuple[int, bytes]]
+    passes: list[tuple[int, Symbols]]
 
 
 class EncodeTables:
@@ -109,8 +110,9 @@ class ChunkEncoder:
     ) -> list[EncodedGroup]:
         """Encode all groups after ``survey``.
 
-        step: the finest one. base_classes: (N,) uint8 of groups with components. costs: (pairs, 192, 2), bits of what is counted under every way to
-        code it. centroids: (4, passes, 2, 64), see ``codec.ladder.centroid``.
+        step: the finest one. base_classes: (N,) uint8 of groups with components.
+        costs: (pairs, 192, 2), of what is counted under every way to code it.
+        centroids: (4, passes, 2, 64), see ``codec.ladder.cell_shares``.
         """
         self._core.encode(step, passes, base_classes, tables._core, costs, centroids, threads())
         return [EncodedGroup(*self._core.encoded(index)) for index in range(self._count)]
