@@ -267,6 +267,24 @@ def test_capture_and_inject_on_a_gpu(family):
     assert hf.generate(model, [prompt], cache, max_new_tokens=NEW, do_sample=False) == [want]
 
 
+def test_planes_are_the_cache(model_of):
+    """What an encoder on a device reads is what a capture copies."""
+    model, prompt = model_of("llama"), prompt_of(PROMPT)
+    kv = hf.capture(model, [prompt], keep_all=True)[0].kv
+    cache = hf.inject(model, kv)
+    part = kv.slice_tokens(8, 20)
+    owners = {layer.keys.untyped_storage().data_ptr() for layer in cache.layers}
+    for (keys, values), layer in zip(hf.planes(cache, 8, 20), part.layers, strict=True):
+        assert keys.untyped_storage().data_ptr() in owners
+        assert torch.equal(keys, torch.from_numpy(layer.keys))
+        assert torch.equal(values, torch.from_numpy(layer.values))
+    with pytest.raises(GeometryError):
+        hf.planes(cache, 8, kv.tokens + 1)
+    sliding = model_of(SLIDING[0])
+    with pytest.raises(GeometryError):
+        hf.planes(hf.inject(sliding, hf.capture(sliding, [prompt])[0].kv), 0, 4)
+
+
 def test_a_reserved_cache_is_filled_by_the_decoder(model_of):
     """What decoders write to the views is what inject makes of the decoded chunk."""
     from cachegen.codec.raw import RawCodec

@@ -16,13 +16,15 @@ import torch
 from cachegen.bench.quality import compare, continuation
 from cachegen.bench.serving import Clock, Served
 from cachegen.chunk import DEFAULT_CHUNK_TOKENS, KVChunk
+from cachegen.codec import gpu
 from cachegen.codec.base import Codec
 from cachegen.codec.container import VERSION
 from cachegen.codec.registry import decode, get_codec
 from cachegen.errors import ConfigError
 from cachegen.hf.capture import capture, chunk_of
 from cachegen.hf.fingerprint import weights_fingerprint
-from cachegen.hf.inject import inject
+from cachegen.hf.inject import inject, planes
+from cachegen.hf.models import attention_windows
 from cachegen.hf.rope import rope_spec
 from cachegen.profile import Profile, require_profile
 from cachegen.store.base import Store
@@ -194,11 +196,17 @@ class HfEngine:
         first = loaded_tokens // self.chunk_tokens
         if len(keys) <= first:
             return
-        kv = chunk_of(self.model, cache, rope=self.rope)
+        on_gpu = self.model.device.type == "cuda" and self.model.dtype == torch.bfloat16
+        on_gpu &= all(window is None for window in attention_windows(self.model))
+        kv = None if on_gpu else chunk_of(self.model, cache, rope=self.rope)
         for index, key in enumerate(keys[first:], first):
-            begin = index * self.chunk_tokens
-            chunk = kv.slice_tokens(begin, begin + self.chunk_tokens).astype(STORED_DTYPE)
-            self.store.put(key.name, codec.encode(chunk, key=key))
+            begin, end = index * self.chunk_tokens, (index + 1) * self.chunk_tokens
+            if kv is None:
+                part = gpu.DeviceChunk(planes(cache, begin, end), None, begin, self.rope)
+                data = gpu.encode(codec, part, key=key)
+            else:
+                data = codec.encode(kv.slice_tokens(begin, end).astype(STORED_DTYPE), key=key)
+            self.store.put(key.name, data)
             self._stored[mode].add(key.name)
 
     def _digest_namespace(self) -> bytes:

@@ -2,7 +2,7 @@
 
 from cachegen.hf.capture import Capture, capture, capture_file, chunk_of
 from cachegen.hf.fingerprint import weights_fingerprint
-from cachegen.hf.inject import clone, forward_suffix, generate, inject, reserve
+from cachegen.hf.inject import clone, forward_suffix, generate, inject, planes, reserve
 from cachegen.hf.models import check_model, geometry_of
 from cachegen.hf.rope import rope_spec
 
@@ -17,6 +17,7 @@ __all__ = [
     "generate",
     "geometry_of",
     "inject",
+    "planes",
     "reserve",
     "rope_spec",
     "weights_fingerprint",

@@ -93,6 +93,26 @@ def reserve(
     return cache, views
 
 
+def planes(cache: DynamicCache, begin: int, end: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return K and V of every layer for the tokens [begin, end), where they lie.
+
+    cache: of batch 1, every layer with all tokens. Returns: views (T, H, D), as the chunk of
+        ``cachegen.codec.gpu.encode`` and the out of ``cachegen.decode`` take them.
+    Raises: UnsupportedModelError for other caches, GeometryError for tokens it does not hold.
+    """
+    check_cache(cache)
+    views = []
+    layer: Any
+    for layer in cache.layers:
+        if not 0 <= begin < end <= layer.keys.shape[2] or layer.is_sliding:
+            raise GeometryError("tokens", got=(begin, end), expected="tokens of every layer")
+        keys, values = (
+            plane[0, :, begin:end].transpose(0, 1) for plane in (layer.keys, layer.values)
+        )
+        views.append((keys, values))
+    return views
+
+
 def clone(cache: DynamicCache, *, batch: int = 1) -> DynamicCache:
     """Return an independent cache for another question, at no cost: tensors are shared.
 
