@@ -9,6 +9,8 @@
 #include <bit>
 #include <cstring>
 
+#include "count_coarse_avx2.h"
+
 namespace cachegen {
 namespace {
 
@@ -230,11 +232,9 @@ void encode_steps_avx2(const StepsJob& job) {
 void count_channel_avx2(const uint16_t* codes, const uint8_t* symbols, size_t places,
                         size_t stride, unsigned refinements, uint32_t* counts) {
     std::fill_n(counts, kMaxCounts, 0u);
-    __m256i any = _mm256_setzero_si256();
     for (size_t place = 0; place < places; ++place) {
         const __m256i first = load(codes + place * stride);
         const __m256i second = load(codes + place * stride + kHalf);
-        any = _mm256_or_si256(any, load(symbols + place * stride));
         for (unsigned pass = 0; pass < refinements; ++pass) {
             const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(3 * pass));
             const auto field = [&](__m256i code) {
@@ -254,13 +254,7 @@ void count_channel_avx2(const uint16_t* codes, const uint8_t* symbols, size_t pl
             of[5] += count(two & seen);
         }
     }
-    if (_mm256_testz_si256(any, any)) {
-        counts[0] = static_cast<uint32_t>(places * kLanes);
-        return;
-    }
-    for (size_t place = 0; place < places; ++place)
-        for (unsigned e = 0; e < kLanes; ++e)
-            ++counts[std::min((symbols[place * stride + e] + 1) / 2, 16)];
+    count_coarse(symbols, places, stride, counts);
 }
 
 unsigned code_lengths_avx2(const uint16_t* counts, const int16_t* costs, size_t size,
