@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cachegen.chunk import KVChunk
-from cachegen.codec import gpu
+from cachegen.codec import encode_reference, gpu, passes, progressive
 from cachegen.codec.cachegen import CacheGenCodec
 from cachegen.codec.int8 import Int8Codec
 from cachegen.codec.progressive import ProgressiveCodec
@@ -127,17 +127,16 @@ def test_what_the_kernels_leave_to_the_cpu(
     emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Passes with unequal restart points: no encoder writes them, the format allows them."""
-    from cachegen.codec import passes
-
-    kv = draw_kv(1, 2, 64, 16, seed=1, dtype=np.float16)
-    original, calls = passes.native.encode_segment, []
+    kv = draw_kv(1, 2, 300, 16, seed=1, dtype=np.float16)
+    original, calls = encode_reference.native.encode_segment, []
 
     def uneven(*args: object, **options: object) -> bytes:
         calls.append(options)
-        options["stream_steps"] = 16 if len(calls) % 2 else 32
+        options["stream_steps"] = 96 if len(calls) % 2 else 160
         return original(*args, **options)
 
-    monkeypatch.setattr(passes.native, "encode_segment", uneven)
+    monkeypatch.setattr(progressive, "FusedEncoder", encode_reference.ReferenceEncoder)
+    monkeypatch.setattr(encode_reference.native, "encode_segment", uneven)
     data = ProgressiveCodec(passes=2, step=0.5).encode(kv)
     monkeypatch.undo()
     check(emulated, Sample("progressive uneven", data), fallbacks=1)
@@ -146,8 +145,7 @@ def test_what_the_kernels_leave_to_the_cpu(
 def test_streams_that_begin_within_a_head(
     emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cachegen.codec import passes
-
+    monkeypatch.setattr(progressive, "FusedEncoder", encode_reference.ReferenceEncoder)
     monkeypatch.setattr(passes, "STREAM_STEPS", 20)
     kv = with_rope(draw_kv(1, 2, 70, 16, seed=1, dtype=BFLOAT16), 8)
     check(emulated, Sample("progressive odd streams", ProgressiveCodec().encode(kv)))
