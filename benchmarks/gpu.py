@@ -10,9 +10,9 @@ shape as measured on the reference model (``--measure-shape``). ``--dry-run`` ta
 the host and tiny sizes: it exercises everything but a device, and its times mean nothing.
 
 Needs torch with CUDA, cuda-core, numpy, ml_dtypes, xxhash, safetensors and rich, and CMake, Ninja
-and nanobind if the extension is not built. pytest, transformers, lmcache (or its ``cuda_ops`` alone,
-named by LMCACHE_CUDA_OPS), nvidia-nvcomp and compute-sanitizer are used where they are there; the
-result says what was not.
+and nanobind if the extension is not built. pytest, transformers, lmcache (or its ``cuda_ops``
+alone, named by LMCACHE_CUDA_OPS), nvidia-nvcomp and compute-sanitizer are used where they are
+there; the result says what was not.
 """
 
 from __future__ import annotations

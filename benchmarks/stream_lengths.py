@@ -10,16 +10,23 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gpu_bench.kv import draw_chunk
 from rich.console import Console
 
+from cachegen import native
 from cachegen.bench.calibrate import captured_contexts
 from cachegen.bench.report import environment, format_cell, write_json
 from cachegen.chunk import KVChunk
-from cachegen.codec import passes
-from cachegen.codec.container import read_header
+from cachegen.codec import ladder, passes
+from cachegen.codec.basis import load_basis
+from cachegen.codec.container import RANS, read_header
+from cachegen.codec.header import padded
 from cachegen.codec.levels import NAMED, prefix_bytes
 from cachegen.codec.progressive import ProgressiveCodec
+from cachegen.codec.reader import ObjectReader
+from cachegen.codec.reference import profile_classes
+from cachegen.codec.side import GroupSide
 from cachegen.hf.load import begin_and_text, load_model
 from cachegen.profile import Profile
 from cachegen.types import KVDtype
@@ -48,19 +55,61 @@ def chunks_of_reference(tokens: int) -> list[KVChunk]:
     return [part for kv in captured for part in kv.astype(KVDtype.BFLOAT16).split(CHUNK_TOKENS)]
 
 
+def segment_sizes(reader: ObjectReader, profile: Profile | None) -> list[list[int]]:
+    """Return the size of every segment in payload order, for each length of streams."""
+    header = reader.header
+    step = float(np.frombuffer(header.params, "<f4", 1, 4)[0])
+    bases = load_basis(profile, header.geometry).bases if profile else None
+    sizes: dict[tuple[int, int], list[int]] = {}
+    for index in range(len(header.groups)):
+        shape = ProgressiveCodec.coded_shape(header, index, 0)[:2]
+        data = reader.side(index, 0)
+        side = GroupSide.from_bytes(data, *shape, header.geometry.dtype, plain=bases is None)
+        classes = side.classes
+        if bases is not None and bases[index] is not None:
+            classes = profile_classes(bases[index], step, side.class_offset)
+        digits = passes.read(reader, index, shape, classes)
+        family, scale = (part.astype(np.int64) for part in np.divmod(classes, ladder.CLASSES))
+        for j in range(header.passes):
+            rows = family * ladder.ROWS + ladder.row_of(scale, header.passes - 1 - j)
+            if j == 0:
+                value = digits.coarse.astype(np.int64)
+                symbols = (2 * np.abs(value) - (value < 0)).astype(np.uint8)
+                model = rows.astype(np.uint16), passes.coarse_tables()
+                contexts = None
+            else:
+                symbols = digits.digits[j - 1]
+                model = (2 * rows).astype(np.uint16), passes.refine_tables()
+                contexts = ladder.contexts(digits, j)
+            sizes[index, j] = [
+                len(native.encode_segment(symbols, *model, contexts=contexts, stream_steps=steps))
+                for steps in STEPS
+            ]
+    return [
+        sizes[segment.group, segment.pass_index]
+        if segment.kind == RANS
+        else [segment.length] * len(STEPS)
+        for segment in header.segments
+    ]
+
+
 def measure(name: str, chunks: list[KVChunk], profile: Profile | None) -> list[dict[str, Any]]:
-    """Encode the same chunks at every length of streams."""
+    """Encode the digits of the same objects at every length of streams."""
     codec = ProgressiveCodec(profile=profile)
     values = sum(chunk.value_count for chunk in chunks)
-    sizes: dict[tuple[str, int], int] = {}
-    for steps in STEPS:
-        passes.STREAM_STEPS = steps
-        for chunk in chunks:
-            data = codec.encode(chunk)
-            header = read_header(data)
-            for quality in ("whole", *NAMED):
-                size = len(data) if quality == "whole" else prefix_bytes(header, quality)
-                sizes[quality, steps] = sizes.get((quality, steps), 0) + size
+    sizes = {(quality, steps): 0 for quality in ("whole", *NAMED) for steps in STEPS}
+    for chunk in chunks:
+        data = codec.encode(chunk)
+        header = read_header(data)
+        found = segment_sizes(ObjectReader(data), profile)
+        for quality in ("whole", *NAMED):
+            end = len(data) if quality == "whole" else prefix_bytes(header, quality)
+            kept = [segment.offset < end for segment in header.segments]
+            for index, steps in enumerate(STEPS):
+                lengths = [row[index] for row, keep in zip(found, kept, strict=True) if keep]
+                total = header.header_bytes + sum(map(padded, lengths))
+                assert steps != passes.STREAM_STEPS or total - end in range(4)
+                sizes[quality, steps] += total
     return [
         {
             "kv": name,

@@ -130,9 +130,7 @@ def _segments(
     for number, (kind, coded_body) in enumerate(found.passes):
         bits = passes.DIGIT_BITS if _KINDS[kind] == PACKED else 0
         segments.append(
-            SegmentBody(
-                index, number, _KINDS[kind], coded_body.data, distortions[number], bits
-            )
+            SegmentBody(index, number, _KINDS[kind], coded_body.data, distortions[number], bits)
         )
     return segments
 

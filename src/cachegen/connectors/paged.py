@@ -122,15 +122,17 @@ class PagedCache:
         import torch
 
         first = self._caches[0]
-        blocks = [
-            torch.empty(
-                (tokens // layout.block_tokens, *layout.block_shape),
-                dtype=first.dtype,
-                device=first.device,
-            )
-            for layout in self._layouts
-        ]
         stream = None if self._on_host else self._device_stream()
+        # Allotted on the stream that will use it: what had the memory before is done there.
+        with torch.cuda.stream(stream):
+            blocks = [
+                torch.empty(
+                    (tokens // layout.block_tokens, *layout.block_shape),
+                    dtype=first.dtype,
+                    device=first.device,
+                )
+                for layout in self._layouts
+            ]
         return DeviceBlocks.of(blocks, self._layouts, device=self._device, stream=stream)
 
     def to_blocks(self, chunk: KVChunk | DeviceBlocks) -> list[Any]:
