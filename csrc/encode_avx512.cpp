@@ -7,6 +7,8 @@
 #include <bit>
 #include <cstring>
 
+#include "count_coarse_avx2.h"
+
 namespace cachegen {
 namespace {
 
@@ -51,13 +53,6 @@ inline __m512 to_floats(__m256i bits) {
     return _mm512_cvtph_ps(bits);
 }
 
-// Magnitudes of a channel that has others than 0 in pass 0.
-void count_coarse(const uint8_t* symbols, size_t places, size_t stride, uint32_t* counts) {
-    for (size_t place = 0; place < places; ++place)
-        for (unsigned e = 0; e < kLanes; ++e)
-            ++counts[std::min((symbols[place * stride + e] + 1) / 2, 16)];
-}
-
 }  // namespace
 
 template <KVType kType>
@@ -90,11 +85,8 @@ void count_channel_avx512(const uint16_t* codes, const uint8_t* symbols, size_t 
     uint32_t ones[kMaxRefinements] = {}, twos[kMaxRefinements] = {};
     uint32_t seen_ones[kMaxRefinements] = {}, seen_twos[kMaxRefinements] = {};
     uint32_t seen[kMaxRefinements] = {};
-    __m256i any = _mm256_setzero_si256();
     for (size_t place = 0; place < places; ++place) {
         const __m512i code = _mm512_loadu_si512(codes + place * stride);
-        any = _mm256_or_si256(any, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(
-                                       symbols + place * stride)));
         for (unsigned pass = 0; pass < refinements; ++pass) {
             const auto bit = [&](int which) {
                 return _mm512_test_epi16_mask(
@@ -109,10 +101,7 @@ void count_channel_avx512(const uint16_t* codes, const uint8_t* symbols, size_t 
         }
     }
     const auto all = static_cast<uint32_t>(places * kLanes);
-    if (_mm256_testz_si256(any, any))
-        counts[0] = all;
-    else
-        count_coarse(symbols, places, stride, counts);
+    count_coarse(symbols, places, stride, counts);
     for (unsigned pass = 0; pass < refinements; ++pass) {
         uint32_t* const of = counts + kCoarseCounts + kRefineCounts * pass;
         of[1] = ones[pass] - seen_ones[pass];

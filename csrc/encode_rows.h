@@ -44,6 +44,11 @@ void turn_back(float* rows, size_t half, bool interleaved, const float* cos, con
     }
 }
 
+// Both sides are computed, so that the loop has no branch.
+inline float choose(bool condition, float yes, float no) {
+    return float_from_bits(select(condition, bits_from_float(yes), bits_from_float(no)));
+}
+
 inline float kept(float value, uint32_t keep) {
     return float_from_bits(bits_from_float(value) & keep);
 }
@@ -87,8 +92,8 @@ void quantize_rows(const QuantizeJob& job) {
         for (unsigned e = 0; e < kLanes; ++e) {
             const float value = kept((rows[e] * job.weight - mean) * job.inverse, job.keep[e]);
             const float exact = std::fabs(value);
-            largest[e] = largest[e] < exact ? exact : largest[e];
-            const float magnitude = exact < kMost ? exact : kMost;
+            largest[e] = choose(largest[e] < exact, exact, largest[e]);
+            const float magnitude = choose(exact < kMost, exact, kMost);
             // With two more bits for the error histograms; a factor of 4 rounds nothing.
             const auto shifted = static_cast<int32_t>(4.0f * (magnitude + kShift));
             const auto rounded = static_cast<int32_t>(4.0f * (magnitude * kPerLateCell + 0.5f));
@@ -96,8 +101,12 @@ void quantize_rows(const QuantizeJob& job) {
             const int32_t low = rounded < 4 * (kHalf + 1) ? rounded : 4 * (kHalf + 1) - 1;
             early[e] = static_cast<uint16_t>(bounded >> 2);
             late[e] = static_cast<uint16_t>(low >> 2);
-            quarter[e] = static_cast<uint16_t>((shifted >= 4 * kStep ? bounded : low) & 3);
-            negative[e] = static_cast<uint16_t>(-static_cast<int32_t>(value < 0));
+            quarter[e] = static_cast<uint16_t>(
+                select(shifted >= 4 * kStep, static_cast<uint32_t>(bounded),
+                       static_cast<uint32_t>(low)) & 3);
+            // The sign bit: a negative zero has no digit that a sign could change.
+            negative[e] =
+                static_cast<uint16_t>(static_cast<int32_t>(bits_from_float(value)) >> 31);
         }
         uint16_t rest[kLanes], significant[kLanes];
         uint8_t* const symbols = job.symbols + row * kLanes;

@@ -52,7 +52,8 @@ private:
     void count(size_t channel, uint16_t* counts) const {
         uint32_t all[kMaxCounts];
         const size_t at = channel * kLanes;
-        kernels().encode_rows.count_channel(&digits_.codes[at], &digits_.symbols[at], places_,
+        kernels().encode_rows.count_channel(digits_.codes.data() + at,
+                                            digits_.symbols.data() + at, places_,
                                             channels_ * kLanes, refinements_, all);
         const uint64_t tokens = group_.shape.tokens;
         const auto idle = static_cast<uint32_t>(places_ * kLanes - tokens);
