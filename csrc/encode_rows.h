@@ -23,7 +23,13 @@ void read_tile(const std::byte* const* memory, size_t count, float* rows) {
         for (size_t i = 0; i < count; ++i) {
             Bits bits;
             std::memcpy(&bits, memory[e] + i * sizeof bits, sizeof bits);
-            rows[i * kLanes + e] = KVTraits<kType>::to_float(bits);
+            float value = KVTraits<kType>::to_float(bits);
+            if constexpr (kType == KVType::Float16) {
+                // That conversion is for finite values; others must be noticed.
+                const bool finite = (bits & KVTraits<kType>::kMagnitude) <= KVTraits<kType>::kLargest;
+                value = float_from_bits(bits_from_float(value) | select(finite, 0, 0x7f800000));
+            }
+            rows[i * kLanes + e] = value;
         }
     }
 }

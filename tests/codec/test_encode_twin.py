@@ -17,6 +17,7 @@ from cachegen.codec.encode_reference import ReferenceEncoder
 from cachegen.codec.fit import choose_groups, fit_basis
 from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.registry import decode
+from cachegen.errors import NonFiniteError
 from cachegen.profile import Profile
 from cachegen.types import RopeSpec
 
@@ -133,6 +134,15 @@ def test_constant_and_zero_planes(isa: str) -> None:
     codec = ProgressiveCodec()
     chunk = KVChunk.from_array(kv)
     assert codec.encode(chunk) == reference_bytes(codec, chunk)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(isa: str, dtype: Any, value: float) -> None:
+    kv = values((1, 2, 40, 1, 8), 9, dtype)
+    kv[0, 1, 33, 0, 5] = value
+    with pytest.raises(NonFiniteError, match="V of layer 0, token 33, head 0, dimension 5"):
+        ProgressiveCodec().encode(KVChunk.from_array(kv))
 
 
 def profile_for(chunk: KVChunk) -> Profile:
