@@ -22,7 +22,6 @@ from cachegen.codec.base import (
     payload_order,
     planes_of,
     quantization_error,
-    read_scales,
 )
 from cachegen.codec.container import SIDE, write_object
 from cachegen.codec.entropy import (
@@ -30,14 +29,15 @@ from cachegen.codec.entropy import (
     Symbols,
     TableMode,
     alphabet_size,
-    decode_matrix,
     digit_shift,
     encode_matrix,
     histogram,
     normalize_counts,
+    parametric_tables,
 )
 from cachegen.codec.grading import DEFAULT_LEVEL, MAX_BINS, MIN_BINS, CacheGenConfig
 from cachegen.codec.header import Header, SegmentBody
+from cachegen.codec.plane_source import matrix_source
 from cachegen.codec.reader import ObjectReader
 from cachegen.codec.target import Target
 from cachegen.errors import ConfigError, CorruptError, GeometryError, ProfileError
@@ -204,13 +204,29 @@ class CacheGenCodec(Codec):
             profile = matching_profile(profile, header.profile)
         elif header.profile is not None:
             raise CorruptError("profile digest", got="present", expected="none for these tables")
+        planes = []
         for group in range(len(header.groups)):
-            with target.writing(group // 2, is_value=group % 2 == 1) as plane:
-                if anchor_tokens:
-                    levels = delta_levels(bins[group], group // 2, header.geometry.layers)
-                    _decode_delta(reader, group, plane, levels, anchor_tokens, mode, profile)
-                else:
-                    _decode_pass(reader, group, 0, plane, bins[group] // 2 - 1, mode, profile)
+            plane = target.plane(group // 2, is_value=group % 2 == 1)
+            tokens, plain = len(plane.offsets), bins[group] // 2 - 1
+            steps = [(tokens, plain)]
+            if anchor_tokens:
+                anchors = -(-tokens // anchor_tokens)
+                finer = delta_levels(bins[group], group // 2, header.geometry.layers)
+                steps = [(anchors, ANCHOR_LEVELS), (tokens - anchors, finer)]
+            passes = []
+            for index, (rows, levels) in enumerate(steps[: reader.passes_of(group)]):
+                freqs = profile_freqs(profile, group, index) if mode is TableMode.PROFILE else None
+                channels = plane.heads * plane.dim
+                passes.append(
+                    matrix_source(reader, group, index, (rows, channels), levels, mode, freqs)
+                )
+            planes.append(native.QuantizedPlane(tokens, anchor_tokens, passes, plane))
+        native.decode_planes(
+            planes,
+            dtype=target.dtype,
+            stored=header.geometry.dtype,
+            shared=parametric_tables()[0],
+        )
 
 
 @dataclass(frozen=True)
@@ -242,7 +258,7 @@ def _quantise_delta(plane: Array, levels: int) -> list[_Matrix]:
     anchors = _quantise(plane[::ANCHOR_TOKENS], ANCHOR_LEVELS)
     decoded = np.empty(plane[::ANCHOR_TOKENS].shape, plane.dtype)
     native.dequantize(anchors.symbols, anchors.scales, ANCHOR_LEVELS, decoded)
-    rows = _delta_rows(plane.shape[0], ANCHOR_TOKENS)
+    rows = delta_rows(plane.shape[0], ANCHOR_TOKENS)
     base = decoded[rows // ANCHOR_TOKENS].astype(np.float32)
     difference = plane[rows].astype(np.float32) - base
     if KVDtype.of(plane.dtype) is KVDtype.FLOAT16:
@@ -256,51 +272,9 @@ def _quantise_delta(plane: Array, levels: int) -> list[_Matrix]:
     ]
 
 
-def _delta_rows(tokens: int, group_tokens: int) -> NDArray[np.int64]:
+def delta_rows(tokens: int, group_tokens: int) -> NDArray[np.int64]:
+    """Return the tokens that are no anchors."""
     return np.flatnonzero(np.arange(tokens) % group_tokens)
-
-
-def _decode_delta(
-    reader: ObjectReader,
-    group: int,
-    plane: Array,
-    levels: int,
-    group_tokens: int,
-    mode: TableMode,
-    profile: Profile | None,
-) -> None:
-    tokens, heads, dim = plane.shape
-    anchors = np.empty(((tokens + group_tokens - 1) // group_tokens, heads, dim), plane.dtype)
-    _decode_pass(reader, group, 0, anchors, ANCHOR_LEVELS, mode, profile)
-    plane[:] = anchors[np.arange(tokens) // group_tokens]
-    if reader.passes_of(group) < 2:
-        return
-    rows = _delta_rows(tokens, group_tokens)
-    difference = np.empty((len(rows), heads, dim), plane.dtype)
-    _decode_pass(reader, group, 1, difference, levels, mode, profile)
-    plane[rows] = plane[rows].astype(np.float32) + difference.astype(np.float32)
-
-
-def _decode_pass(
-    reader: ObjectReader,
-    group: int,
-    index: int,
-    out: Array,
-    levels: int,
-    mode: TableMode,
-    profile: Profile | None,
-) -> None:
-    """Decode one pass of a plane into out, (rows, H, D)."""
-    rows, heads, dim = out.shape
-    side = reader.side(group, index)
-    scales = read_scales(side, (rows, 1), out.dtype)
-    segment, body = reader.segment(group, index)
-    freqs = profile_freqs(profile, group, index) if mode is TableMode.PROFILE and profile else None
-    shape, tables = (rows, heads * dim), side[scales.nbytes :]
-    symbols = decode_matrix(segment.kind, body, tables, shape, levels, mode, freqs)
-    if symbols.size and int(symbols.max()) > 2 * levels:
-        raise CorruptError("symbol", got=int(symbols.max()), expected=f"0 to {2 * levels}")
-    native.dequantize(symbols, scales, levels, out)
 
 
 def profile_freqs(profile: Profile | None, group: int, index: int) -> Freqs | None:

@@ -28,15 +28,15 @@ from cachegen.codec.entropy import (
     parametric_tables,
     rotate,
     stream_steps,
-    unpack,
-    unpack_bytes,
 )
 from cachegen.codec.header import SegmentBody
+from cachegen.codec.plane_source import KINDS
 from cachegen.codec.reader import ObjectReader
 from cachegen.codec.target import Target
 from cachegen.errors import CorruptError
+from cachegen.native.planes import NOTHING
 from cachegen.profile import Profile
-from cachegen.types import Array, ChunkKey
+from cachegen.types import ChunkKey
 
 LEVELS = 127
 LOW_BITS = 3
@@ -97,25 +97,57 @@ class Int8Codec(Codec):
         entropy = header.params[0] == 1
         if header.passes != 1 + entropy:
             raise CorruptError("passes", got=header.passes, expected=1 + entropy)
+        planes = []
         for group in range(len(header.groups)):
-            with target.writing(group // 2, is_value=group % 2 == 1) as plane:
-                tokens, heads, dim = plane.shape
-                side = reader.side(group, 0)
-                scales = read_scales(side, (tokens, heads), header.geometry.dtype.numpy)
-                shape = (tokens, heads * dim)
-                tables = side[scales.nbytes :]
-                if entropy:
-                    symbols = _join_digits(reader, group, shape, tables)
-                else:
-                    segment, body = reader.segment(group, 0)
-                    check_kind(segment.kind, (BYTES,))
-                    if len(tables):
-                        raise CorruptError(
-                            "side information", got=len(side), expected=scales.nbytes
-                        )
-                    symbols = unpack_bytes(body, shape)
-                _check_range(symbols)
-                native.dequantize(symbols, scales, LEVELS, plane)
+            plane = target.plane(group // 2, is_value=group % 2 == 1)
+            source = _source(reader, group, plane, entropy=entropy)
+            planes.append(native.QuantizedPlane(source.rows, 0, (source,), plane))
+        native.decode_planes(
+            planes,
+            dtype=target.dtype,
+            stored=header.geometry.dtype,
+            shared=parametric_tables()[0],
+        )
+
+
+def _source(
+    reader: ObjectReader, group: int, plane: native.PlaneTarget, *, entropy: bool
+) -> native.MatrixSource:
+    """Return the bytes of a plane. Raises: CorruptError, ChecksumError."""
+    tokens, heads = len(plane.offsets), plane.heads
+    side = reader.side(group, 0)
+    scales = read_scales(side, (tokens, heads), reader.header.geometry.dtype.numpy)
+    tables = side[scales.nbytes :]
+    segment, body = reader.segment(group, 0)
+    check_kind(segment.kind, (RANS, PACKED) if entropy else (BYTES,))
+    models, low = None, NOTHING
+    if segment.kind == RANS:
+        models = ParametricModels.from_bytes(tables, heads * plane.dim)
+    elif len(tables):
+        raise CorruptError("side information", got=len(side), expected=scales.nbytes)
+    if segment.kind == PACKED and segment.bits != HIGH_BITS:
+        raise CorruptError("packed high digits", got=segment.bits, expected=HIGH_BITS)
+    if reader.passes_of(group) > 1:
+        second, packed = reader.segment(group, 1)
+        if second.kind != PACKED or second.bits != LOW_BITS:
+            raise CorruptError("low digits", got=(second.kind, second.bits), expected="3 bits")
+        low = np.frombuffer(packed, np.uint8)
+    return native.MatrixSource(
+        rows=tokens,
+        kind=KINDS[segment.kind],
+        bits=segment.bits,
+        body=np.frombuffer(body, np.uint8),
+        freqs=NOTHING,
+        alphabet=0,
+        classes=models.classes if models else NOTHING,
+        rotations=models.rotations if models else NOTHING,
+        shift=0,
+        low_bits=LOW_BITS if entropy else 0,
+        low=low,
+        levels=LEVELS,
+        scales=np.frombuffer(side[: scales.nbytes], np.uint8),
+        per_head=True,
+    )
 
 
 def _split_digits(symbols: Symbols) -> tuple[int, int, bytes, bytes, Symbols]:
@@ -140,34 +172,3 @@ def _split_digits(symbols: Symbols) -> tuple[int, int, bytes, bytes, Symbols]:
             symbols & np.uint8(7),
         )
     return RANS, 0, body, side, rotated & np.uint8(7)
-
-
-def _join_digits(
-    reader: ObjectReader, group: int, shape: tuple[int, int], tables: memoryview
-) -> Symbols:
-    segment, body = reader.segment(group, 0)
-    check_kind(segment.kind, (RANS, PACKED))
-    if segment.kind == RANS:
-        models = ParametricModels.from_bytes(tables, shape[1])
-        high = native.decode_segment(
-            body, *shape, models.classes.astype(np.uint16), parametric_tables()[0]
-        )
-    elif segment.bits != HIGH_BITS or len(tables):
-        raise CorruptError("packed high digits", got=segment.bits, expected=HIGH_BITS)
-    else:
-        high = unpack(body, HIGH_BITS, shape)
-    low: Array | int = LOW_CENTRE
-    if reader.passes_of(group) > 1:
-        segment, body = reader.segment(group, 1)
-        if segment.kind != PACKED or segment.bits != LOW_BITS:
-            raise CorruptError("low digits", got=(segment.kind, segment.bits), expected="3 bits")
-        low = unpack(body, LOW_BITS, shape)
-    symbols = (high << np.uint8(LOW_BITS)) | np.asarray(low, np.uint8)
-    if reader.segment(group, 0)[0].kind == RANS:
-        return rotate(symbols, models.rotations, LOW_BITS, back=True)
-    return symbols
-
-
-def _check_range(symbols: Symbols) -> None:
-    if symbols.size and int(symbols.max()) > 2 * LEVELS:
-        raise CorruptError("int8 symbol", got=int(symbols.max()), expected=f"0 to {2 * LEVELS}")

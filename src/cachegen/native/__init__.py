@@ -26,6 +26,7 @@ from cachegen.native.fused import (
     finish_plane,
 )
 from cachegen.native.ladder import climb, column_medians, count_digits, ladder_errors
+from cachegen.native.planes import MatrixSource, QuantizedPlane, decode_planes
 from cachegen.native.threads import threads
 
 _BITS = {2: np.uint16, 4: np.uint32}
@@ -174,7 +175,9 @@ def select_isa(name: str) -> None:
 __all__ = [
     "Coefficients",
     "GroupSource",
+    "MatrixSource",
     "PlaneTarget",
+    "QuantizedPlane",
     "StreamLayout",
     "Tables",
     "available_isas",
@@ -182,6 +185,7 @@ __all__ = [
     "column_medians",
     "count_digits",
     "decode_groups",
+    "decode_planes",
     "decode_segment",
     "dequantize",
     "encode_segment",

@@ -66,6 +66,9 @@ def finish_plane(
     interleaved: bool,
     exempt: NDArray[Any],
 ) -> None: ...
+def decode_planes(
+    type: str, stored: str, shared: Tables, planes: Sequence[tuple[Any, ...]], threads: int
+) -> None: ...
 def climb(values: NDArray[Any], coarse: NDArray[Any], digits: Sequence[NDArray[Any]]) -> None: ...
 def count_digits(
     coarse: NDArray[Any],
