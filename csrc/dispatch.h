@@ -59,6 +59,29 @@ struct LadderEncodeRows {
                              float* out, float* following);
 };
 
+// Some places of a packed matrix: `bits` planes of `plane_bytes` each, from bit `at` of each on.
+struct PackedRow {
+    const uint8_t* planes;
+    uint64_t plane_bytes, at;
+    unsigned bits;
+};
+
+// What makes coded digits symbols: low digits behind them, or `centre` if they are missing (then
+// planes is null), and an offset for each channel, or null, modulo mask + 1.
+struct SymbolDigits {
+    PackedRow low;
+    unsigned low_bits;
+    uint8_t centre, mask;
+    const uint8_t* offsets;
+};
+
+// Rows of at most kBlockSteps symbols, but for `largest`; see symbol_rows.h.
+struct SymbolRows {
+    void (*join_planes)(const PackedRow& from, size_t size, uint8_t* out);
+    unsigned (*largest)(const uint8_t* symbols, size_t size);
+    unsigned (*finish)(const SymbolDigits& digits, size_t size, uint8_t* symbols);  // the largest
+};
+
 struct Kernels {
     std::string_view isa;
     bool (*is_available)();
@@ -110,6 +133,7 @@ struct Kernels {
         void (*dequantize)(const uint8_t* symbols, size_t size, float levels, float step,
                            void* values);
     } per_type[kKVTypes];
+    SymbolRows symbol_rows;
 };
 
 // All backends of this build, slowest first. Some may need a newer processor than this one.

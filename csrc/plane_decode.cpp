@@ -7,7 +7,6 @@
 #include <cstring>
 #include <string>
 
-#include "bit_planes.h"
 #include "block.h"
 #include "crew.h"
 #include "dispatch.h"
@@ -49,30 +48,9 @@ public:
                 corrupt("packed segment", "non-zero padding", "zero bits");
     }
 
-    // Sets (or with `join` adds to) the low bits of values.
-    template <bool join>
-    void read(uint64_t begin, size_t size, uint8_t* values) const {
-        for (size_t i = 0; i < size; i += 8) {
-            uint64_t bytes = 0;
-            for (unsigned bit = 0; bit < bits_; ++bit)
-                bytes |= spread_bits(eight(bit * plane_, begin + i)) << bit;
-            const size_t some = std::min<size_t>(8, size - i);
-            uint64_t old = 0;
-            if (join) std::memcpy(&old, values + i, some);
-            bytes |= old;
-            std::memcpy(values + i, &bytes, some);
-        }
-    }
+    PackedRow from(uint64_t begin) const { return {body_.data(), plane_, begin, bits_}; }
 
 private:
-    // The eight bits from `at` on, those behind the plane 0.
-    uint64_t eight(uint64_t plane, uint64_t at) const {
-        const uint64_t byte = at / 8;
-        uint64_t both = body_[plane + byte];
-        if (at % 8 && byte + 1 < plane_) both |= uint64_t{body_[plane + byte + 1]} << 8;
-        return both >> at % 8;
-    }
-
     std::span<const uint8_t> body_;
     unsigned bits_ = 0;
     uint64_t plane_ = 0;
@@ -174,6 +152,9 @@ private:
                     pass.scales.size(), scales);
             require(pass.levels >= 1 && pass.levels <= 127, "levels", pass.levels, 127);
             require(pass.shift + pass.low_bits <= 3, "digit shift", pass.shift, 3);
+            const bool of_own = pass.classes.empty() && pass.kind == MatrixKind::Rans && pass.rows;
+            const unsigned reach = 2 * pass.levels >> (pass.shift + pass.low_bits);
+            require(!of_own || pass.alphabet <= reach + 1, "alphabet", pass.alphabet, reach + 1);
         }
     }
 
@@ -183,6 +164,8 @@ private:
         low_ = {};
         if (!pass.low.empty()) low_ = PackedBits(pass.low, pass.low_bits, count);
         rotated_ = pass.kind == MatrixKind::Rans && !pass.rotations.empty();
+        // What models of its own can code is in range, unless raw digits come on top.
+        needs_finish_ = pass.kind != MatrixKind::Rans || !pass.classes.empty() || pass.shift > 0;
         check_scales();
         switch (pass.kind) {
             case MatrixKind::Rans: return decode_rans();
@@ -190,24 +173,26 @@ private:
                 if (pass.body.size() != count)
                     corrupt("byte segment", std::to_string(pass.body.size()),
                             std::to_string(count));
-                return for_each_run([&](uint64_t at, size_t size, uint8_t* symbols) {
-                    std::memcpy(symbols, &pass.body[at], size);
-                });
-            case MatrixKind::Packed:
-                const PackedBits bits(pass.body, pass.bits, count);
-                return for_each_run([&](uint64_t at, size_t size, uint8_t* symbols) {
-                    bits.read<false>(at, size, symbols);
-                });
+                return decode_bytes();
+            case MatrixKind::Packed: return decode_packed();
         }
     }
 
-    template <class Read>
-    void for_each_run(const Read& read) {
+    void decode_bytes() {
+        for (uint64_t row = 0; width_ && row < pass_->rows; ++row) {
+            const uint8_t* const symbols = pass_->body.data() + row * width_;
+            check_range(kernel_.symbol_rows.largest(symbols, width_));
+            store_run(row, 0, width_, symbols);
+        }
+    }
+
+    void decode_packed() {
+        const PackedBits bits(pass_->body, pass_->bits, pass_->rows * width_);
         for (uint64_t row = 0; row < pass_->rows; ++row) {
             for (uint64_t begin = 0; begin < width_; begin += kBlockSteps) {
                 const size_t size = std::min<uint64_t>(kBlockSteps, width_ - begin);
-                read(row * width_ + begin, size, symbols_);
-                finish_run(row, begin, size, symbols_);
+                kernel_.symbol_rows.join_planes(bits.from(row * width_ + begin), size, turned_);
+                finish_run(row, begin, size, turned_);
             }
         }
     }
@@ -296,23 +281,22 @@ private:
 
     // Symbols of some channels of a row are complete but for what stands apart.
     void finish_run(uint64_t row, uint64_t begin, size_t size, uint8_t* symbols) {
-        if (const unsigned bits = pass_->low_bits) {
-            const auto centre = static_cast<uint8_t>(pass_->low.empty() ? 1u << (bits - 1) : 0);
-            for (size_t i = 0; i < size; ++i)
-                symbols[i] = static_cast<uint8_t>(symbols[i] << bits | centre);
-            if (!pass_->low.empty()) low_.read<true>(row * width_ + begin, size, symbols);
-        }
-        if (rotated_) {
+        if (needs_finish_) {
             const unsigned above = pass_->shift + pass_->low_bits;
-            const auto mask = static_cast<uint8_t>((kDigits << above) - 1);
-            const uint8_t* const offsets = scratch_.offsets.data() + begin;
-            for (size_t i = 0; i < size; ++i)
-                symbols[i] = static_cast<uint8_t>((symbols[i] + offsets[i]) & mask);
+            SymbolDigits digits{};
+            digits.low_bits = pass_->low_bits;
+            digits.centre = static_cast<uint8_t>(pass_->low_bits ? 1 << (pass_->low_bits - 1) : 0);
+            digits.mask = static_cast<uint8_t>((kDigits << above) - 1);
+            if (!pass_->low.empty()) digits.low = low_.from(row * width_ + begin);
+            if (rotated_) digits.offsets = scratch_.offsets.data() + begin;
+            check_range(kernel_.symbol_rows.finish(digits, size, symbols));
         }
-        const unsigned largest = largest_of({symbols, size});
+        store_run(row, begin, size, symbols);
+    }
+
+    void check_range(unsigned largest) const {
         if (largest > 2 * pass_->levels)
             corrupt("symbol", std::to_string(largest), "0 to " + std::to_string(2 * pass_->levels));
-        store_run(row, begin, size, symbols);
     }
 
     // The same with values, head by head: a head has a scale and a place of its own.
@@ -413,9 +397,8 @@ private:
     const uint64_t width_;  // C
     const MatrixSource* pass_ = nullptr;
     PackedBits low_;
-    bool rotated_ = false, is_delta_ = false;
+    bool rotated_ = false, needs_finish_ = false, is_delta_ = false;
     alignas(64) uint8_t turned_[kLanes * kBlockSteps];
-    alignas(64) uint8_t symbols_[kBlockSteps];
     alignas(64) std::byte values_[4 * kBlockSteps];
 };
 

@@ -1,0 +1,92 @@
+// Rows of symbols between the entropy coder and the quantiser, as plain C++ for the compiler to
+// vectorise; see quantize_rows.h.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "bit_planes.h"
+#include "dispatch.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace cachegen {
+namespace {  // one copy per backend, never merged by the linker
+
+// Eight bits from bit `at` on; those behind `end` bytes are 0.
+inline uint64_t eight_bits(const uint8_t* bits, uint64_t at, uint64_t end) {
+    uint64_t both = bits[at / 8];
+    if (at % 8 && at / 8 + 1 < end) both |= uint64_t{bits[at / 8 + 1]} << 8;
+    return both >> at % 8;
+}
+
+// Bit i of the planes, joined, for `size` places from bit `at` on.
+inline void join_planes(const PackedRow& from, size_t size, uint8_t* out) {
+    size_t i = 0;
+#if defined(__AVX512BW__)
+    for (; from.at % 8 == 0 && i + 64 <= size; i += 64) {
+        __m512i joined = _mm512_setzero_si512();
+        for (unsigned bit = 0; bit < from.bits; ++bit) {
+            uint64_t lanes;
+            std::memcpy(&lanes, from.planes + bit * from.plane_bytes + (from.at + i) / 8, 8);
+            const __m512i value = _mm512_set1_epi8(static_cast<char>(1 << bit));
+            joined = _mm512_or_si512(joined, _mm512_maskz_mov_epi8(lanes, value));
+        }
+        _mm512_storeu_si512(out + i, joined);
+    }
+#elif defined(__AVX2__)
+    // Every byte gets a copy of the byte with its bit, and keeps that bit.
+    const __m256i spread = _mm256_setr_epi64x(0, kEveryByte, 2 * kEveryByte, 3 * kEveryByte);
+    const __m256i own = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+    for (; from.at % 8 == 0 && i + 32 <= size; i += 32) {
+        __m256i joined = _mm256_setzero_si256();
+        for (unsigned bit = 0; bit < from.bits; ++bit) {
+            int32_t lanes;
+            std::memcpy(&lanes, from.planes + bit * from.plane_bytes + (from.at + i) / 8, 4);
+            const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(lanes), spread);
+            const __m256i found = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, own), own);
+            const __m256i value = _mm256_set1_epi8(static_cast<char>(1 << bit));
+            joined = _mm256_or_si256(joined, _mm256_and_si256(found, value));
+        }
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), joined);
+    }
+#endif
+    for (; i < size; i += 8) {
+        uint64_t bytes = 0;
+        for (unsigned bit = 0; bit < from.bits; ++bit)
+            bytes |= spread_bits(eight_bits(from.planes + bit * from.plane_bytes, from.at + i,
+                                            from.plane_bytes))
+                     << bit;
+        std::memcpy(out + i, &bytes, std::min<size_t>(8, size - i));
+    }
+}
+
+inline unsigned largest_symbol(const uint8_t* symbols, size_t size) {
+    uint8_t largest = 0;
+    for (size_t i = 0; i < size; ++i) largest = std::max(largest, symbols[i]);
+    return largest;
+}
+
+inline unsigned finish_symbols(const SymbolDigits& digits, size_t size, uint8_t* __restrict symbols) {
+    alignas(64) uint8_t low[kBlockSteps];
+    if (digits.low.planes)
+        join_planes(digits.low, size, low);
+    else
+        std::memset(low, digits.centre, sizeof low);
+    alignas(64) static constexpr uint8_t kNone[kBlockSteps] = {};
+    const uint8_t* const offsets = digits.offsets ? digits.offsets : kNone;
+    const unsigned bits = digits.low_bits, mask = digits.mask;
+    uint8_t largest = 0;
+    for (size_t i = 0; i < size; ++i) {
+        const unsigned joined = (static_cast<unsigned>(symbols[i]) << bits | low[i]) + offsets[i];
+        symbols[i] = static_cast<uint8_t>(joined & mask);
+        largest = std::max(largest, symbols[i]);
+    }
+    return largest;
+}
+
+constexpr SymbolRows symbol_rows() { return {join_planes, largest_symbol, finish_symbols}; }
+
+}  // namespace
+}  // namespace cachegen
