@@ -80,6 +80,8 @@ struct SymbolRows {
     void (*join_planes)(const PackedRow& from, size_t size, uint8_t* out);
     unsigned (*largest)(const uint8_t* symbols, size_t size);
     unsigned (*finish)(const SymbolDigits& digits, size_t size, uint8_t* symbols);  // the largest
+    // Copies what is not read again soon. A fence has to follow before others look.
+    void (*stream)(const std::byte* from, size_t bytes, std::byte* to);
 };
 
 struct Kernels {

@@ -308,7 +308,8 @@ private:
         if (offset == kSkippedToken) return;
         while (size) {
             const uint64_t head = begin / plane_.target.dim, at = begin % plane_.target.dim;
-            const size_t some = std::min<uint64_t>(size, plane_.target.dim - at);
+            const size_t some =
+                std::min<uint64_t>({size, plane_.target.dim - at, kBlockSteps});
             const float step = step_of(row, head);
             const auto levels = static_cast<float>(pass_->levels);
             if (is_anchor) {
@@ -319,7 +320,8 @@ private:
                                       static_cast<int64_t>(head) * plane_.target.head_stride +
                                       static_cast<int64_t>(at * size_of(work_.type));
                 if (!is_delta_ && work_.type == work_.stored) {
-                    stored_.dequantize(symbols, some, levels, step, to);
+                    stored_.dequantize(symbols, some, levels, step, values_);
+                    kernel_.symbol_rows.stream(values_, some * element, to);
                 } else {
                     stored_.dequantize(symbols, some, levels, step, values_);
                     const uint64_t group = is_delta_ ? token / plane_.group_tokens : 0;
@@ -415,6 +417,8 @@ void decode_planes(const PlaneDecode& work) {
         Scratch scratch;
         for (size_t i; (i = next.fetch_add(1)) < work.planes.size();)
             PlaneDecoder(work, work.planes[i], kernel, scratch).decode();
+        // What went past the caches is there before anything that this thread says afterwards.
+        std::atomic_thread_fence(std::memory_order_seq_cst);
     });
 }
 

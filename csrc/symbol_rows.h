@@ -86,7 +86,26 @@ inline unsigned finish_symbols(const SymbolDigits& digits, size_t size, uint8_t*
     return largest;
 }
 
-constexpr SymbolRows symbol_rows() { return {join_planes, largest_symbol, finish_symbols}; }
+// Past the caches, where whole lines go: nothing of the old contents is needed.
+inline void stream_row(const std::byte* from, size_t bytes, std::byte* to) {
+    size_t at = 0;
+#if defined(__AVX512BW__)
+    if (reinterpret_cast<uintptr_t>(to) % 64 == 0)
+        for (; at + 64 <= bytes; at += 64)
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at), _mm512_loadu_si512(from + at));
+#elif defined(__AVX2__)
+    if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && bytes % 64 == 0)
+        for (; at < bytes; at += 32)
+            _mm256_stream_si256(
+                reinterpret_cast<__m256i*>(to + at),
+                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at)));
+#endif
+    std::memcpy(to + at, from + at, bytes - at);
+}
+
+constexpr SymbolRows symbol_rows() {
+    return {join_planes, largest_symbol, finish_symbols, stream_row};
+}
 
 }  // namespace
 }  // namespace cachegen
