@@ -66,20 +66,14 @@ struct PackedRow {
     unsigned bits;
 };
 
-// What makes coded digits symbols: low digits behind them, or `centre` if they are missing (then
-// planes is null), and an offset for each channel, or null, modulo mask + 1.
-struct SymbolDigits {
-    PackedRow low;
-    unsigned low_bits;
-    uint8_t centre, mask;
-    const uint8_t* offsets;
-};
-
 // Rows of at most kBlockSteps symbols, but for `largest`; see symbol_rows.h.
 struct SymbolRows {
     void (*join_planes)(const PackedRow& from, size_t size, uint8_t* out);
     unsigned (*largest)(const uint8_t* symbols, size_t size);
-    unsigned (*finish)(const SymbolDigits& digits, size_t size, uint8_t* symbols);  // the largest
+    // These two change symbols in place and return the largest.
+    unsigned (*rotate_block)(const uint8_t* offsets, size_t steps, unsigned lanes, uint8_t* block);
+    unsigned (*add_low_digits)(const PackedRow& low, unsigned bits, unsigned centre, size_t size,
+                               uint8_t* symbols);
     // Copies what is not read again soon. A fence has to follow before others look.
     void (*stream)(const std::byte* from, size_t bytes, std::byte* to);
 };

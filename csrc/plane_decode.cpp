@@ -28,8 +28,8 @@ void require(bool sound, const char* what, uint64_t got, uint64_t expected) {
         throw Error(ErrorKind::Geometry, what, std::to_string(got), std::to_string(expected));
 }
 
-[[noreturn]] void corrupt(const char* what, std::string got, std::string expected) {
-    throw Error(ErrorKind::Corrupt, what, std::move(got), std::move(expected));
+[[noreturn]] void corrupt(std::string what, std::string got, std::string expected) {
+    throw Error(ErrorKind::Corrupt, std::move(what), std::move(got), std::move(expected));
 }
 
 size_t size_of(KVType type) { return type == KVType::Float32 ? 4 : 2; }
@@ -83,11 +83,16 @@ public:
         run().lanes = shape_.active_lanes(step_ / shape_.channels);
     }
 
-    const uint8_t* end_block(size_t steps, unsigned shift) {
+    uint8_t* end_words() {
         reader_.check_words();
-        for (size_t i = 0; shift && i < steps; ++i)
-            add_raw_digits(reader_, &block_.bytes[i * kLanes], shift, run().lanes, step_ + i);
         return block_.bytes;
+    }
+
+    // Returns the largest symbol.
+    unsigned add_raw(size_t steps, unsigned shift) {
+        for (size_t i = 0; i < steps; ++i)
+            add_raw_digits(reader_, &block_.bytes[i * kLanes], shift, run().lanes, step_ + i);
+        return largest_of({block_.bytes, steps * kLanes});
     }
 
     void advance(size_t steps) {
@@ -106,7 +111,8 @@ private:
 struct Scratch {
     std::vector<AliasTable> tables;
     std::vector<uint16_t> freqs, models;
-    std::vector<uint8_t> shifts, offsets;
+    std::vector<uint8_t> shifts;
+    std::vector<float> steps;
     std::vector<std::byte> anchors;
     std::array<MatrixStream, kGroupStreams> streams;
 };
@@ -164,9 +170,7 @@ private:
         low_ = {};
         if (!pass.low.empty()) low_ = PackedBits(pass.low, pass.low_bits, count);
         rotated_ = pass.kind == MatrixKind::Rans && !pass.rotations.empty();
-        // What models of its own can code is in range, unless raw digits come on top.
-        needs_finish_ = pass.kind != MatrixKind::Rans || !pass.classes.empty() || pass.shift > 0;
-        check_scales();
+        find_steps();
         switch (pass.kind) {
             case MatrixKind::Rans: return decode_rans();
             case MatrixKind::Bytes:
@@ -205,12 +209,6 @@ private:
         if (streams.empty()) return;
         unsigned buckets = 0;
         const AliasTable* const tables = find_models(buckets);
-        if (rotated_) {
-            const unsigned above = pass_->shift + pass_->low_bits;
-            scratch_.offsets.resize(width_);
-            for (size_t c = 0; c < width_; ++c)
-                scratch_.offsets[c] = static_cast<uint8_t>(pass_->rotations[c] << above);
-        }
         for (uint64_t first = 0; first < streams.size(); first += kGroupStreams) {
             const size_t count = std::min<uint64_t>(kGroupStreams, streams.size() - first);
             const auto group = std::span(scratch_.streams).first(count);
@@ -263,33 +261,36 @@ private:
             }
             kernel_.decode_runs(tables, buckets, runs.data(), group.size(), steps);
             for (MatrixStream& stream : group) {
-                finish_block(stream.end_block(steps, pass_->shift), stream.step(), steps);
+                finish_block(stream, steps);
                 stream.advance(steps);
             }
             while (!group.empty() && group.back().is_done()) group = group.first(group.size() - 1);
         }
     }
 
-    void finish_block(const uint8_t* block, uint64_t step, size_t steps) {
+    void finish_block(MatrixStream& stream, size_t steps) {
         const Shape shape{pass_->rows, width_};
-        const uint64_t place = step / width_, begin = step % width_;
+        const uint64_t place = stream.step() / width_, begin = stream.step() % width_;
         const unsigned lanes = shape.active_lanes(place);
+        uint8_t* const block = stream.end_words();
+        if (rotated_) {
+            const uint8_t* const offsets = pass_->rotations.data() + begin;
+            const unsigned largest = kernel_.symbol_rows.rotate_block(offsets, steps, lanes, block);
+            if (!pass_->shift && !pass_->low_bits) check_range(largest);
+        }
+        if (pass_->shift) check_range(stream.add_raw(steps, pass_->shift));
         kernel_.scatter(block, steps, turned_, kBlockSteps, lanes);
         for (unsigned lane = 0; lane < lanes; ++lane)
             finish_run(lane * shape.places() + place, begin, steps, turned_ + lane * kBlockSteps);
     }
 
-    // Symbols of some channels of a row are complete but for what stands apart.
+    // Symbols of some channels of a row are complete but for the digits that stand apart.
     void finish_run(uint64_t row, uint64_t begin, size_t size, uint8_t* symbols) {
-        if (needs_finish_) {
-            const unsigned above = pass_->shift + pass_->low_bits;
-            SymbolDigits digits{};
-            digits.low_bits = pass_->low_bits;
-            digits.centre = static_cast<uint8_t>(pass_->low_bits ? 1 << (pass_->low_bits - 1) : 0);
-            digits.mask = static_cast<uint8_t>((kDigits << above) - 1);
-            if (!pass_->low.empty()) digits.low = low_.from(row * width_ + begin);
-            if (rotated_) digits.offsets = scratch_.offsets.data() + begin;
-            check_range(kernel_.symbol_rows.finish(digits, size, symbols));
+        if (const unsigned bits = pass_->low_bits) {
+            PackedRow low{};
+            if (!pass_->low.empty()) low = low_.from(row * width_ + begin);
+            check_range(kernel_.symbol_rows.add_low_digits(low, bits, 1u << (bits - 1), size,
+                                                           symbols));
         }
         store_run(row, begin, size, symbols);
     }
@@ -357,38 +358,38 @@ private:
         }
     }
 
-    uint32_t scale_bits(uint64_t index) const {
-        uint32_t bits = 0;
-        const size_t size = size_of(work_.stored);
-        std::memcpy(&bits, pass_->scales.data() + index * size, size);
-        return bits;
+    // The step of every scale: of each row, or of each head of a row.
+    void find_steps() {
+        const uint64_t each = pass_->per_head ? plane_.target.heads : 1;
+        scratch_.steps.resize(pass_->rows * each);
+        switch (work_.stored) {
+            case KVType::Float16: return find_steps_of<KVType::Float16>(each);
+            case KVType::BFloat16: return find_steps_of<KVType::BFloat16>(each);
+            case KVType::Float32: return find_steps_of<KVType::Float32>(each);
+        }
     }
 
-    // Infinity is the largest exponent without fraction bits; the sign bit is above both.
-    void check_scales() const {
-        const uint32_t infinity = work_.stored == KVType::Float16    ? 0x7c00u
-                                  : work_.stored == KVType::BFloat16 ? 0x7f80u
-                                                                     : 0x7f800000u;
-        const uint64_t each = pass_->per_head ? plane_.target.heads : 1;
-        for (uint64_t i = 0; i < pass_->rows * each; ++i)
-            if (scale_bits(i) >= infinity)
-                throw Error(ErrorKind::Corrupt,
-                            "scale of token " + std::to_string(i / each) + ", head " +
-                                std::to_string(i % each),
-                            "negative, infinite or NaN", "a finite number, 0 or more");
+    template <KVType kType>
+    void find_steps_of(uint64_t each) {
+        using Traits = KVTraits<kType>;
+        // Infinity is kMagnitude without its fraction bits; the sign bit is above both.
+        constexpr auto infinity = kType == KVType::Float16    ? 0x7c00u
+                                  : kType == KVType::BFloat16 ? 0x7f80u
+                                                              : 0x7f800000u;
+        const auto levels = static_cast<float>(pass_->levels);
+        for (size_t i = 0; i < scratch_.steps.size(); ++i) {
+            typename Traits::Bits scale;
+            std::memcpy(&scale, pass_->scales.data() + i * sizeof scale, sizeof scale);
+            if (scale >= infinity)
+                corrupt("scale of token " + std::to_string(i / each) + ", head " +
+                            std::to_string(i % each),
+                        "negative, infinite or NaN", "a finite number, 0 or more");
+            scratch_.steps[i] = Traits::to_float(scale) / levels;
+        }
     }
 
     float step_of(uint64_t row, uint64_t head) const {
-        const uint32_t bits =
-            scale_bits(pass_->per_head ? row * plane_.target.heads + head : row);
-        const auto levels = static_cast<float>(pass_->levels);
-        switch (work_.stored) {
-            case KVType::Float16:
-                return KVTraits<KVType::Float16>::to_float(static_cast<uint16_t>(bits)) / levels;
-            case KVType::BFloat16:
-                return KVTraits<KVType::BFloat16>::to_float(static_cast<uint16_t>(bits)) / levels;
-            default: return KVTraits<KVType::Float32>::to_float(bits) / levels;
-        }
+        return scratch_.steps[pass_->per_head ? row * plane_.target.heads + head : row];
     }
 
     const PlaneDecode& work_;
@@ -399,7 +400,7 @@ private:
     const uint64_t width_;  // C
     const MatrixSource* pass_ = nullptr;
     PackedBits low_;
-    bool rotated_ = false, needs_finish_ = false, is_delta_ = false;
+    bool rotated_ = false, is_delta_ = false;
     alignas(64) uint8_t turned_[kLanes * kBlockSteps];
     alignas(64) std::byte values_[4 * kBlockSteps];
 };

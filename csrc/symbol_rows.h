@@ -14,6 +14,9 @@
 namespace cachegen {
 namespace {  // one copy per backend, never merged by the linker
 
+// A row of a block. Compilers make of it what the instruction set has.
+using LaneBytes [[gnu::vector_size(kLanes)]] = uint8_t;
+
 // Eight bits from bit `at` on; those behind `end` bytes are 0.
 inline uint64_t eight_bits(const uint8_t* bits, uint64_t at, uint64_t end) {
     uint64_t both = bits[at / 8];
@@ -68,19 +71,34 @@ inline unsigned largest_symbol(const uint8_t* symbols, size_t size) {
     return largest;
 }
 
-inline unsigned finish_symbols(const SymbolDigits& digits, size_t size, uint8_t* __restrict symbols) {
-    alignas(64) uint8_t low[kBlockSteps];
-    if (digits.low.planes)
-        join_planes(digits.low, size, low);
+// Digits of a block, of 32 lanes each step: (digit + offset) modulo 32. Returns the largest of the
+// active lanes; idle ones become anything.
+inline unsigned rotate_block(const uint8_t* offsets, size_t steps, unsigned lanes,
+                             uint8_t* __restrict block) {
+    LaneBytes most{};
+    for (size_t step = 0; step < steps; ++step) {
+        LaneBytes row;
+        std::memcpy(&row, block + step * kLanes, kLanes);
+        row = (row + offsets[step]) & 31;
+        std::memcpy(block + step * kLanes, &row, kLanes);
+        most = row > most ? row : most;
+    }
+    uint8_t each[kLanes];
+    std::memcpy(each, &most, kLanes);
+    return *std::max_element(each, each + lanes);
+}
+
+// Puts low digits behind each symbol. Returns the largest.
+inline unsigned add_low_digits(const PackedRow& low, unsigned bits, unsigned centre, size_t size,
+                               uint8_t* __restrict symbols) {
+    alignas(64) uint8_t digits[kBlockSteps];
+    if (low.planes)
+        join_planes(low, size, digits);
     else
-        std::memset(low, digits.centre, sizeof low);
-    alignas(64) static constexpr uint8_t kNone[kBlockSteps] = {};
-    const uint8_t* const offsets = digits.offsets ? digits.offsets : kNone;
-    const unsigned bits = digits.low_bits, mask = digits.mask;
+        std::memset(digits, static_cast<int>(centre), sizeof digits);
     uint8_t largest = 0;
     for (size_t i = 0; i < size; ++i) {
-        const unsigned joined = (static_cast<unsigned>(symbols[i]) << bits | low[i]) + offsets[i];
-        symbols[i] = static_cast<uint8_t>(joined & mask);
+        symbols[i] = static_cast<uint8_t>(symbols[i] << bits | digits[i]);
         largest = std::max(largest, symbols[i]);
     }
     return largest;
@@ -104,7 +122,7 @@ inline void stream_row(const std::byte* from, size_t bytes, std::byte* to) {
 }
 
 constexpr SymbolRows symbol_rows() {
-    return {join_planes, largest_symbol, finish_symbols, stream_row};
+    return {join_planes, largest_symbol, rotate_block, add_low_digits, stream_row};
 }
 
 }  // namespace
