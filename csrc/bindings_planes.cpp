@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "bindings.h"
+#include "channel_models.h"
+#include "format.h"
 #include "plane_decode.h"
 
 namespace nb = nanobind;
@@ -82,9 +84,42 @@ void decode(const std::string& type, const std::string& stored, const Tables& sh
     decode_planes(work);
 }
 
+void count(const Matrix<const uint8_t>& symbols, unsigned shift, const Matrix<uint32_t>& counts) {
+    require(counts.shape(0) == symbols.shape(1) && counts.shape(1) >= 1 && shift <= 7, "counts");
+    nb::gil_scoped_release release;
+    count_symbols({symbols.shape(0), symbols.shape(1), symbols.data()}, shift, counts.shape(1),
+                  counts.data());
+}
+
+void normalize(const Matrix<const uint32_t>& counts, const Vector<const double>& bits_saved,
+               const Matrix<uint16_t>& freqs) {
+    require(bits_saved.size() == kTotal + 1, "bits");
+    require(freqs.shape(0) == counts.shape(0) && freqs.shape(1) == counts.shape(1) &&
+                counts.shape(1) >= 1 && counts.shape(1) <= kMaxAlphabet, "frequencies");
+    nb::gil_scoped_release release;
+    normalize_counts({counts.data(), counts.size()}, counts.shape(1),
+                     {bits_saved.data(), bits_saved.size()}, freqs.data());
+}
+
+void fit(const Matrix<const uint32_t>& counts, const Matrix<const double>& costs,
+         const Vector<uint8_t>& classes, const Vector<uint8_t>& rotations) {
+    const size_t channels = counts.shape(0);
+    require(counts.shape(1) == 32 && costs.shape(0) == 32 && costs.shape(1) >= 1 &&
+                costs.shape(1) <= 128, "costs");
+    require(classes.size() == channels && rotations.size() == channels, "classes");
+    nb::gil_scoped_release release;
+    fit_classes({counts.data(), counts.size()}, {costs.data(), costs.size()}, costs.shape(1),
+                classes.data(), rotations.data());
+}
+
 }  // namespace
 
 void bind_planes(nb::module_& m) {
+    m.def("count_symbols", count, "symbols"_a.noconvert(), "shift"_a, "counts"_a.noconvert());
+    m.def("normalize_counts", normalize, "counts"_a.noconvert(), "bits_saved"_a.noconvert(),
+          "freqs"_a.noconvert());
+    m.def("fit_classes", fit, "counts"_a.noconvert(), "costs"_a.noconvert(),
+          "classes"_a.noconvert(), "rotations"_a.noconvert());
     m.def("decode_planes", decode, "type"_a, "stored"_a, "shared"_a, "planes"_a, "threads"_a);
 }
 

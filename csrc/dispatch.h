@@ -66,6 +66,8 @@ struct PackedRow {
     unsigned bits;
 };
 
+inline constexpr size_t kCountedChannels = 64, kCountedTokens = 255;
+
 // Rows of at most kBlockSteps symbols, but for `largest`; see symbol_rows.h.
 struct SymbolRows {
     void (*join_planes)(const PackedRow& from, size_t size, uint8_t* out);
@@ -74,6 +76,12 @@ struct SymbolRows {
     unsigned (*rotate_block)(const uint8_t* offsets, size_t steps, unsigned lanes, uint8_t* block);
     unsigned (*add_low_digits)(const PackedRow& low, unsigned bits, unsigned centre, size_t size,
                                uint8_t* symbols);
+    // Adds to counts, a row of `alphabet` for each channel: of up to kCountedTokens rows `stride`
+    // apart and up to kCountedChannels channels, how often each value symbol >> shift is there.
+    void (*count)(const uint8_t* symbols, size_t stride, size_t tokens, size_t channels,
+                  unsigned shift, size_t alphabet, uint32_t* counts);
+    // bits[c]: sum over 32 values of counts times costs[value * classes + c], in order.
+    void (*class_bits)(const double* counts, const double* costs, size_t classes, double* bits);
     // Copies what is not read again soon. A fence has to follow before others look.
     void (*stream)(const std::byte* from, size_t bytes, std::byte* to);
 };

@@ -104,6 +104,36 @@ inline unsigned add_low_digits(const PackedRow& low, unsigned bits, unsigned cen
     return largest;
 }
 
+// Value by value, so that the counts of a value stay in a register: a byte for each channel.
+inline void count_symbols(const uint8_t* symbols, size_t stride, size_t tokens, size_t channels,
+                          unsigned shift, size_t alphabet, uint32_t* counts) {
+    using Bytes [[gnu::vector_size(kCountedChannels)]] = uint8_t;
+    Bytes rows[kCountedTokens];
+    for (size_t t = 0; t < tokens; ++t) {
+        rows[t] = Bytes{};
+        std::memcpy(&rows[t], symbols + t * stride, channels);
+        rows[t] >>= shift;
+    }
+    for (size_t value = 0; value < alphabet; ++value) {
+        Bytes sums{};
+        const Bytes wanted = Bytes{} + static_cast<uint8_t>(value);
+        for (size_t t = 0; t < tokens; ++t) sums -= reinterpret_cast<Bytes>(rows[t] == wanted);
+        uint8_t each[kCountedChannels];
+        std::memcpy(each, &sums, sizeof each);
+        for (size_t c = 0; c < channels; ++c) counts[c * alphabet + value] += each[c];
+    }
+}
+
+inline void class_bits(const double* counts, const double* costs, size_t classes,
+                       double* __restrict bits) {
+    std::fill_n(bits, classes, 0.0);
+    for (size_t value = 0; value < 32; ++value, costs += classes) {
+        const double count = counts[value];
+        if (count == 0) continue;
+        for (size_t c = 0; c < classes; ++c) bits[c] += count * costs[c];
+    }
+}
+
 // Past the caches, where whole lines go: nothing of the old contents is needed.
 inline void stream_row(const std::byte* from, size_t bytes, std::byte* to) {
     size_t at = 0;
@@ -122,7 +152,8 @@ inline void stream_row(const std::byte* from, size_t bytes, std::byte* to) {
 }
 
 constexpr SymbolRows symbol_rows() {
-    return {join_planes, largest_symbol, rotate_block, add_low_digits, stream_row};
+    return {join_planes,   largest_symbol, rotate_block, add_low_digits,
+            count_symbols, class_bits,     stream_row};
 }
 
 }  // namespace

@@ -153,7 +153,7 @@ def _source(
 def _split_digits(symbols: Symbols) -> tuple[int, int, bytes, bytes, Symbols]:
     """Return kind, bits and body of the high digits, their tables, and the low digits."""
     tokens, channels = symbols.shape
-    models = fit_parametric(symbols >> np.uint8(LOW_BITS))
+    models = fit_parametric(symbols, LOW_BITS)
     rotated = rotate(symbols, models.rotations, LOW_BITS, back=False)
     body = native.encode_segment(
         rotated >> np.uint8(LOW_BITS),

@@ -26,6 +26,7 @@ from cachegen.native.fused import (
     finish_plane,
 )
 from cachegen.native.ladder import climb, column_medians, count_digits, ladder_errors
+from cachegen.native.models import count_symbols, fit_classes, normalize_counts
 from cachegen.native.planes import MatrixSource, QuantizedPlane, decode_planes
 from cachegen.native.threads import threads
 
@@ -184,14 +185,17 @@ __all__ = [
     "climb",
     "column_medians",
     "count_digits",
+    "count_symbols",
     "decode_groups",
     "decode_planes",
     "decode_segment",
     "dequantize",
     "encode_segment",
     "finish_plane",
+    "fit_classes",
     "isa",
     "ladder_errors",
+    "normalize_counts",
     "quantize",
     "segment_layout",
     "select_isa",

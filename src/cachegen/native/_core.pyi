@@ -69,6 +69,16 @@ def finish_plane(
 def decode_planes(
     type: str, stored: str, shared: Tables, planes: Sequence[tuple[Any, ...]], threads: int
 ) -> None: ...
+def count_symbols(symbols: NDArray[Any], shift: int, counts: NDArray[Any]) -> None: ...
+def normalize_counts(
+    counts: NDArray[Any], bits_saved: NDArray[Any], freqs: NDArray[Any]
+) -> None: ...
+def fit_classes(
+    counts: NDArray[Any],
+    costs: NDArray[Any],
+    classes: NDArray[Any],
+    rotations: NDArray[Any],
+) -> None: ...
 def climb(values: NDArray[Any], coarse: NDArray[Any], digits: Sequence[NDArray[Any]]) -> None: ...
 def count_digits(
     coarse: NDArray[Any],
