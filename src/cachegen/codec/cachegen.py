@@ -19,6 +19,7 @@ from cachegen.chunk import KVChunk
 from cachegen.codec.base import (
     Codec,
     check_one_plane_per_group,
+    each_plane,
     payload_order,
     planes_of,
     quantization_error,
@@ -126,15 +127,18 @@ class CacheGenCodec(Codec):
         if mode is TableMode.PROFILE and self.profile is None:
             raise ProfileError("profile", got=None, expected="a profile for tables='profile'")
         passes: list[list[SegmentBody]] = [[] for _ in range(1 + (self.delta == "anchor"))]
-        for group, matrices in enumerate(self._quantised(chunk, bins)):
-            for index, matrix in enumerate(matrices):
-                freqs = profile_freqs(self.profile, group, index) if self.profile else None
-                coded = encode_matrix(matrix.symbols, matrix.levels, mode, freqs)
-                side = matrix.scales.tobytes() + coded.tables
-                passes[index] += [
-                    SegmentBody(group, index, SIDE, side, matrix.distortion),
-                    SegmentBody(group, index, coded.kind, coded.body, matrix.distortion),
-                ]
+        planes = planes_of(chunk)
+
+        def encode_plane(group: int) -> list[list[SegmentBody]]:
+            matrices = self._quantise_plane(planes[group], group, bins)
+            return [
+                self._encode_matrix(group, index, matrix, mode)
+                for index, matrix in enumerate(matrices)
+            ]
+
+        for segments in each_plane(encode_plane, len(planes)):
+            for index, of_pass in enumerate(segments):
+                passes[index] += of_pass
         return write_object(
             chunk,
             codec_id=self.codec_id,
@@ -145,14 +149,21 @@ class CacheGenCodec(Codec):
             key=key,
         )
 
-    def _quantised(self, chunk: KVChunk, bins: tuple[int, ...]) -> list[list[_Matrix]]:
-        layers = chunk.geometry.layers
+    def _encode_matrix(
+        self, group: int, index: int, matrix: _Matrix, mode: TableMode
+    ) -> list[SegmentBody]:
+        freqs = profile_freqs(self.profile, group, index) if self.profile else None
+        coded = encode_matrix(matrix.symbols, matrix.levels, mode, freqs)
+        side = matrix.scales.tobytes() + coded.tables
         return [
-            _quantise_delta(plane, delta_levels(bins[group], group // 2, layers))
-            if self.delta == "anchor"
-            else [_quantise(plane, bins[group] // 2 - 1)]
-            for group, plane in enumerate(planes_of(chunk))
+            SegmentBody(group, index, SIDE, side, matrix.distortion),
+            SegmentBody(group, index, coded.kind, coded.body, matrix.distortion),
         ]
+
+    def _quantise_plane(self, plane: Array, group: int, bins: tuple[int, ...]) -> list[_Matrix]:
+        if self.delta == "none":
+            return [_quantise(plane, bins[group] // 2 - 1)]
+        return _quantise_delta(plane, delta_levels(bins[group], group // 2, len(bins) // 2))
 
     def fit_profile(self, chunks: Sequence[KVChunk], *, model_name: str = "") -> Profile:
         """Fit the frequency tables of tables="profile" to calibration chunks (paper, section 5.2).
@@ -164,8 +175,8 @@ class CacheGenCodec(Codec):
         bins = self.plane_bins(chunks[0].geometry.layers)
         counts: dict[str, Array] = {}
         for chunk in chunks:
-            for group, matrices in enumerate(self._quantised(chunk, bins)):
-                for index, matrix in enumerate(matrices):
+            for group, plane in enumerate(planes_of(chunk)):
+                for index, matrix in enumerate(self._quantise_plane(plane, group, bins)):
                     shifted = matrix.symbols >> np.uint8(digit_shift(matrix.levels))
                     seen = histogram(shifted, alphabet_size(matrix.levels))
                     name = f"cachegen.{group}.{index}"

@@ -13,6 +13,7 @@ from cachegen.chunk import KVChunk
 from cachegen.codec.base import (
     Codec,
     check_one_plane_per_group,
+    each_plane,
     payload_order,
     planes_of,
     quantization_error,
@@ -36,7 +37,7 @@ from cachegen.codec.target import Target
 from cachegen.errors import CorruptError
 from cachegen.native.planes import NOTHING
 from cachegen.profile import Profile
-from cachegen.types import ChunkKey
+from cachegen.types import Array, ChunkKey
 
 LEVELS = 127
 LOW_BITS = 3
@@ -64,21 +65,10 @@ class Int8Codec(Codec):
         return cls(entropy=bool(config.get("entropy", True)))
 
     def encode(self, chunk: KVChunk, *, key: ChunkKey | None = None) -> bytes:
-        coarse: list[SegmentBody] = []
-        fine: list[SegmentBody] = []
-        for group, plane in enumerate(planes_of(chunk)):
-            symbols, scales = native.quantize(plane, LEVELS, per_head=True)
-            error = quantization_error(scales, LEVELS, plane.shape[2])
-            side = scales.tobytes()
-            if not self.entropy:
-                coarse.append(SegmentBody(group, 0, SIDE, side, error))
-                coarse.append(SegmentBody(group, 0, BYTES, symbols.tobytes(), error))
-                continue
-            kind, bits, body, tables, low = _split_digits(symbols)
-            coarse_error = error * 4**LOW_BITS
-            coarse.append(SegmentBody(group, 0, SIDE, side + tables, coarse_error))
-            coarse.append(SegmentBody(group, 0, kind, body, coarse_error, bits))
-            fine.append(SegmentBody(group, 1, PACKED, pack(low, LOW_BITS), error, LOW_BITS))
+        planes = planes_of(chunk)
+        pairs = each_plane(lambda group: self._encode_plane(group, planes[group]), len(planes))
+        coarse = [segment for pair in pairs for segment in pair[0]]
+        fine = [segment for pair in pairs for segment in pair[1]]
         return write_object(
             chunk,
             codec_id=self.codec_id,
@@ -87,6 +77,26 @@ class Int8Codec(Codec):
             segments=payload_order([coarse, fine]),
             key=key,
         )
+
+    def _encode_plane(
+        self, group: int, plane: Array
+    ) -> tuple[list[SegmentBody], list[SegmentBody]]:
+        """Return the segments of pass 0 and of pass 1."""
+        symbols, scales = native.quantize(plane, LEVELS, per_head=True)
+        error = quantization_error(scales, LEVELS, plane.shape[2])
+        side = scales.tobytes()
+        if not self.entropy:
+            return [
+                SegmentBody(group, 0, SIDE, side, error),
+                SegmentBody(group, 0, BYTES, symbols.tobytes(), error),
+            ], []
+        kind, bits, body, tables, low = _split_digits(symbols)
+        coarse_error = error * 4**LOW_BITS
+        coarse = [
+            SegmentBody(group, 0, SIDE, side + tables, coarse_error),
+            SegmentBody(group, 0, kind, body, coarse_error, bits),
+        ]
+        return coarse, [SegmentBody(group, 1, PACKED, pack(low, LOW_BITS), error, LOW_BITS)]
 
     @classmethod
     def decode_into(cls, reader: ObjectReader, target: Target, *, profile: Profile | None) -> None:
