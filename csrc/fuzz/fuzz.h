@@ -64,4 +64,7 @@ inline void random_freqs(Random& random, uint16_t* freqs, size_t size) {
 // The fused decoder of `progressive`: see fused.cpp.
 void fuzz_fused(Random& random, uint64_t round);
 
+// Whole planes of `int8` and `cachegen`: see planes.cpp.
+void fuzz_planes(Random& random, uint64_t round);
+
 }  // namespace cachegen
