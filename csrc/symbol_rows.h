@@ -14,6 +14,15 @@
 namespace cachegen {
 namespace {  // one copy per backend, never merged by the linker
 
+// As wide as a register: of wider ones compilers may make single bytes.
+#if defined(__AVX512BW__)
+using Bytes [[gnu::vector_size(64)]] = uint8_t;
+#elif defined(__AVX2__)
+using Bytes [[gnu::vector_size(32)]] = uint8_t;
+#else
+using Bytes [[gnu::vector_size(16)]] = uint8_t;
+#endif
+
 // A row of a block. Compilers make of it what the instruction set has.
 using LaneBytes [[gnu::vector_size(kLanes)]] = uint8_t;
 
@@ -107,20 +116,23 @@ inline unsigned add_low_digits(const PackedRow& low, unsigned bits, unsigned cen
 // Value by value, so that the counts of a value stay in a register: a byte for each channel.
 inline void count_symbols(const uint8_t* symbols, size_t stride, size_t tokens, size_t channels,
                           unsigned shift, size_t alphabet, uint32_t* counts) {
-    using Bytes [[gnu::vector_size(kCountedChannels)]] = uint8_t;
-    Bytes rows[kCountedTokens];
-    for (size_t t = 0; t < tokens; ++t) {
-        rows[t] = Bytes{};
-        std::memcpy(&rows[t], symbols + t * stride, channels);
-        rows[t] >>= shift;
-    }
-    for (size_t value = 0; value < alphabet; ++value) {
-        Bytes sums{};
-        const Bytes wanted = Bytes{} + static_cast<uint8_t>(value);
-        for (size_t t = 0; t < tokens; ++t) sums -= reinterpret_cast<Bytes>(rows[t] == wanted);
-        uint8_t each[kCountedChannels];
-        std::memcpy(each, &sums, sizeof each);
-        for (size_t c = 0; c < channels; ++c) counts[c * alphabet + value] += each[c];
+    for (size_t first = 0; first < channels; first += sizeof(Bytes)) {
+        const size_t some = std::min(sizeof(Bytes), channels - first);
+        Bytes rows[kCountedTokens];
+        for (size_t t = 0; t < tokens; ++t) {
+            rows[t] = Bytes{};
+            std::memcpy(&rows[t], symbols + t * stride + first, some);
+            rows[t] >>= shift;
+        }
+        for (size_t value = 0; value < alphabet; ++value) {
+            Bytes sums{};
+            const Bytes wanted = Bytes{} + static_cast<uint8_t>(value);
+            for (size_t t = 0; t < tokens; ++t)
+                sums -= reinterpret_cast<Bytes>(rows[t] == wanted);
+            uint8_t each[sizeof(Bytes)];
+            std::memcpy(each, &sums, sizeof each);
+            for (size_t c = 0; c < some; ++c) counts[(first + c) * alphabet + value] += each[c];
+        }
     }
 }
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cachegen.bench.speed_data import SpeedGeometry
 from cachegen.chunk import KVChunk
 from cachegen.codec import ladder, passes
-from cachegen.codec.basis import KIND, VALUE_WEIGHT, load_basis, planes_of_group
+from cachegen.codec.basis import KIND, FITTED_VALUE_WEIGHT, load_basis, planes_of_group
 from cachegen.codec.fit import BASIS_LEVELS
 from cachegen.codec.fused import channels_of
 from cachegen.codec.header import Group
@@ -88,7 +88,7 @@ def profile_case(geometry: SpeedGeometry, transform: str, *, seed: int = 0) -> P
         for place, (layer, is_value) in enumerate(planes_of_group(group)):
             plane = rows[:, place * width : (place + 1) * width]
             kv[layer, int(is_value)] = plane.reshape(kv.shape[2:])
-    kv[:, 1] /= np.float32(VALUE_WEIGHT)
+    kv[:, 1] /= np.float32(FITTED_VALUE_WEIGHT)
     spec = geometry.rope
     if spec is not None:
         for layer in range(geometry.layers):
