@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cachegen.bench.speed_data import SpeedGeometry
 from cachegen.chunk import KVChunk
 from cachegen.codec import ladder, passes
-from cachegen.codec.basis import KIND, FITTED_VALUE_WEIGHT, load_basis, planes_of_group
+from cachegen.codec.basis import FITTED_VALUE_WEIGHT, KIND, load_basis, planes_of_group
 from cachegen.codec.fit import BASIS_LEVELS
 from cachegen.codec.fused import channels_of
 from cachegen.codec.header import Group
