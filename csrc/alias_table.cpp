@@ -5,6 +5,7 @@
 #include <string>
 
 #include "error.h"
+#include "float_bits.h"
 
 namespace cachegen {
 namespace {
@@ -27,46 +28,56 @@ void check_model(std::span<const uint16_t> freqs, uint8_t escape, size_t model) 
         if (freqs[s]) refuse(model, "frequency behind the escape index", freqs[s], "0");
 }
 
-// Shares the 4096 slots out to `buckets` buckets of two symbols at most. `freqs` is zero-padded to
-// one frequency per bucket. Every bucket gets its cut (size of its own part) and other symbol.
-void share_out(const uint16_t* freqs, unsigned buckets, uint16_t* cut, uint8_t* other) {
-    const unsigned width = kTotal / buckets;
-    uint16_t rest[32];
-    // Stacks, filled in ascending order; the order is part of the format.
-    uint8_t small[32], large[32];
-    unsigned small_size = 0, large_size = 0;
-    for (unsigned s = 0; s < buckets; ++s) {
-        rest[s] = freqs[s];
-        if (rest[s] < width)
-            small[small_size++] = static_cast<uint8_t>(s);
-        else
-            large[large_size++] = static_cast<uint8_t>(s);
+// Shares the 4096 slots out to K buckets of two symbols at most. `freqs` is zero-padded to one
+// frequency per bucket. Every bucket gets its cut (size of its own part) and other symbol.
+//
+// Buckets that are too small are filled up from one large symbol until less than a bucket of it is
+// left; then its own bucket is the next to be filled, from the large symbol after it. (That is the
+// stack of FORMAT.md: what was pushed last is taken first.) So at any time there is one symbol that
+// gives, and whichever way a step goes, what is left of the one that gives next is the sum of both
+// less a bucket. No branch depends on the data: the order of frequencies is anything but predictable.
+template <unsigned K>
+void share_out(const uint16_t* freqs, uint16_t* cut, uint8_t* other) {
+    constexpr uint32_t width = kTotal / K;
+    // In ascending order and taken from the end; the order is part of the format.
+    uint8_t small[K + 1], large[K + 1];
+    uint32_t small_size = 0, large_size = 0;
+    for (uint32_t s = 0; s < K; ++s) {
+        const uint32_t is_small = freqs[s] < width;
+        small[small_size] = large[large_size] = static_cast<uint8_t>(s);
+        small_size += is_small;
+        large_size += 1 - is_small;
     }
     // The open buckets have `width` slots each on average, so beside a small one is a large one.
-    while (small_size) {
-        const unsigned s = small[--small_size], l = large[large_size - 1];
-        cut[s] = rest[s];
-        other[s] = static_cast<uint8_t>(l);
-        rest[l] = static_cast<uint16_t>(rest[l] - (width - rest[s]));
-        if (rest[l] < width) {
-            --large_size;
-            small[small_size++] = static_cast<uint8_t>(l);
-        }
+    uint32_t giver = large[--large_size], left = freqs[giver];
+    while (true) {
+        const uint32_t is_next = left < width;
+        if (small_size + is_next == 0) break;
+        small_size -= 1 - is_next;
+        large_size -= is_next;
+        const uint32_t taken = select(is_next, large[large_size], small[small_size]);
+        const uint32_t freq = freqs[taken];
+        const uint32_t filled = select(is_next, giver, taken);
+        cut[filled] = static_cast<uint16_t>(select(is_next, left, freq));
+        giver = select(is_next, taken, giver);
+        other[filled] = static_cast<uint8_t>(giver);
+        left += freq - width;
     }
-    while (large_size) {
-        const unsigned l = large[--large_size];
-        cut[l] = static_cast<uint16_t>(width);
-        other[l] = static_cast<uint8_t>(l);
+    for (large[large_size++] = static_cast<uint8_t>(giver); large_size;) {
+        const uint32_t whole = large[--large_size];
+        cut[whole] = static_cast<uint16_t>(width);
+        other[whole] = static_cast<uint8_t>(whole);
     }
 }
 
-void build_alias(const uint16_t* freqs, unsigned buckets, AliasTable& table) {
-    const unsigned width = kTotal / buckets;
-    uint16_t cut[32];
-    uint8_t other[32];
-    share_out(freqs, buckets, cut, other);
-    uint16_t rank[32] = {};  // of the next slot of each symbol, in ascending slot order
-    for (unsigned b = 0; b < buckets; ++b) {
+template <unsigned K>
+void build_alias(const uint16_t* freqs, AliasTable& table) {
+    constexpr unsigned width = kTotal / K;
+    uint16_t cut[K];
+    uint8_t other[K];
+    share_out<K>(freqs, cut, other);
+    uint16_t rank[K] = {};  // of the next slot of each symbol, in ascending slot order
+    for (unsigned b = 0; b < K; ++b) {
         const unsigned begin = b * width, middle = begin + cut[b], end = begin + width;
         table.threshold[b] = static_cast<uint16_t>(middle);
         const auto fill = [&](unsigned part, unsigned symbol, unsigned from, unsigned to) {
@@ -76,23 +87,34 @@ void build_alias(const uint16_t* freqs, unsigned buckets, AliasTable& table) {
             rank[symbol] = static_cast<uint16_t>(rank[symbol] + (to - from));
         };
         fill(b, b, begin, middle);
-        fill(b + buckets, other[b], middle, end);
+        fill(b + K, other[b], middle, end);
     }
 }
 
-void build_bytes(unsigned buckets, AliasTable& table) {
-    const unsigned width = kTotal / buckets;
-    for (unsigned b = 0; b < buckets; ++b) {
+template <unsigned K>
+void build_bytes(AliasTable& table) {
+    constexpr unsigned width = kTotal / K;
+    for (unsigned b = 0; b < K; ++b) {
         // With 16 buckets an own part may be the whole bucket, 256 slots. Its last slot can go to
         // the other part: where that is empty it is of the same symbol and has the same bias.
         const unsigned cut = table.threshold[b] - b * width;
         table.cut[b] = static_cast<uint8_t>(std::min(cut, 255u));
     }
-    for (unsigned i = 0; i < 2 * buckets; ++i) {
-        table.freq_low[i] = static_cast<uint8_t>(table.freq[i]);
+    for (unsigned i = 0; i < 2 * K; ++i) table.freq_low[i] = static_cast<uint8_t>(table.freq[i]);
+    for (unsigned i = 0; i < 2 * K; ++i)
         table.freq_high[i] = static_cast<uint8_t>(table.freq[i] >> 8);
-        table.bias_low[i] = static_cast<uint8_t>(table.bias[i]);
+    for (unsigned i = 0; i < 2 * K; ++i) table.bias_low[i] = static_cast<uint8_t>(table.bias[i]);
+    for (unsigned i = 0; i < 2 * K; ++i)
         table.bias_high[i] = static_cast<uint8_t>(table.bias[i] >> 8);
+}
+
+template <unsigned K>
+void build_all(std::span<const uint16_t> freqs, size_t alphabet, AliasTable* tables) {
+    uint16_t row[kMaxAlphabet] = {};
+    for (size_t n = 0; n < freqs.size() / alphabet; ++n) {
+        std::copy_n(&freqs[n * alphabet], alphabet, row);
+        build_alias<K>(row, tables[n]);
+        if (K != kContextBuckets) build_bytes<K>(tables[n]);
     }
 }
 
@@ -131,6 +153,25 @@ void build_inverse(const AliasTable& alias, unsigned buckets, InverseTable& inve
 
 }  // namespace
 
+void check_models(std::span<const uint16_t> freqs, size_t alphabet) {
+    for (size_t n = 0; n < freqs.size() / alphabet; ++n)
+        check_model(freqs.subspan(n * alphabet, alphabet), kNoEscape, n);
+}
+
+void build_alias_tables(std::span<const uint16_t> freqs, size_t alphabet, unsigned buckets,
+                        AliasTable* tables) {
+    switch (buckets) {
+        case kContextBuckets: return build_all<kContextBuckets>(freqs, alphabet, tables);
+        case 16: return build_all<16>(freqs, alphabet, tables);
+        default: return build_all<32>(freqs, alphabet, tables);
+    }
+}
+
+void build_inverse_tables(std::span<const AliasTable> tables, unsigned buckets,
+                          InverseTable* inverses) {
+    for (size_t n = 0; n < tables.size(); ++n) build_inverse(tables[n], buckets, inverses[n]);
+}
+
 Tables::Tables(std::span<const uint16_t> freqs, std::span<const uint8_t> escapes, size_t count,
                size_t alphabet)
     : alphabet_(alphabet), freqs_(freqs.begin(), freqs.end()), escapes_(count, kNoEscape) {
@@ -148,12 +189,7 @@ const AliasTable* Tables::alias(unsigned buckets) const {
     Built& all = built(buckets);
     std::call_once(all.alias_once, [&] {
         std::vector<AliasTable> tables(count());
-        uint16_t row[kMaxAlphabet] = {};
-        for (size_t n = 0; n < count(); ++n) {
-            std::copy_n(&freqs_[n * alphabet_], alphabet_, row);
-            build_alias(row, buckets, tables[n]);
-            if (buckets != kContextBuckets) build_bytes(buckets, tables[n]);
-        }
+        build_alias_tables(freqs_, alphabet_, buckets, tables.data());
         all.alias = std::move(tables);
     });
     return all.alias.data();
@@ -164,7 +200,7 @@ const InverseTable* Tables::inverse(unsigned buckets) const {
     std::call_once(all.inverse_once, [&] {
         const AliasTable* const tables = alias(buckets);
         std::vector<InverseTable> inverses(count());
-        for (size_t n = 0; n < count(); ++n) build_inverse(tables[n], buckets, inverses[n]);
+        build_inverse_tables({tables, count()}, buckets, inverses.data());
         all.inverse = std::move(inverses);
     });
     return all.inverse.data();

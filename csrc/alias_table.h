@@ -61,6 +61,15 @@ struct alignas(64) RefineTable {
     uint16_t change[32];  // what the digit adds to three times the value, modulo 2^16
 };
 
+// For whoever has models that live no longer than a segment, and keeps the memory of their tables.
+// freqs: rows of `alphabet` frequencies. Throws Error (Corrupt) unless each row sums to 4096.
+void check_models(std::span<const uint16_t> freqs, size_t alphabet);
+// tables: one for each row; of sound rows only.
+void build_alias_tables(std::span<const uint16_t> freqs, size_t alphabet, unsigned buckets,
+                        AliasTable* tables);
+void build_inverse_tables(std::span<const AliasTable> tables, unsigned buckets,
+                          InverseTable* inverses);
+
 // The models of a segment. What it shows never changes, so threads may share one.
 class Tables {
 public:

@@ -49,6 +49,33 @@ struct EncodeRun {
     bool uncodable;  // set by the kernel when a symbol had the frequency 0; all else is void then
 };
 
+// Some places of a packed matrix: `bits` planes of `plane_bytes` each, from bit `at` of each on.
+struct PackedRow {
+    const uint8_t* planes;
+    uint64_t plane_bytes, at;
+    unsigned bits;
+};
+
+inline constexpr size_t kCountedChannels = 64, kCountedTokens = 255;
+
+// Rows of at most kBlockSteps symbols, but for `largest`; see symbol_rows.h.
+struct SymbolRows {
+    void (*join_planes)(const PackedRow& from, size_t size, uint8_t* out);
+    unsigned (*largest)(const uint8_t* symbols, size_t size);
+    // These two change symbols in place and return the largest.
+    unsigned (*rotate_block)(const uint8_t* offsets, size_t steps, unsigned lanes, uint8_t* block);
+    unsigned (*add_low_digits)(const PackedRow& low, unsigned bits, unsigned centre, size_t size,
+                               uint8_t* symbols);
+    // Adds to counts, a row of `alphabet` for each channel: of up to kCountedTokens rows `stride`
+    // apart and up to kCountedChannels channels, how often each value symbol >> shift is there.
+    void (*count)(const uint8_t* symbols, size_t stride, size_t tokens, size_t channels,
+                  unsigned shift, size_t alphabet, uint32_t* counts);
+    // bits[c]: sum over 32 values of counts times costs[value * classes + c], in order.
+    void (*class_bits)(const double* counts, const double* costs, size_t classes, double* bits);
+    // Copies what is not read again soon. A fence has to follow before others look.
+    void (*stream)(const std::byte* from, size_t bytes, std::byte* to);
+};
+
 struct Kernels {
     std::string_view isa;
     bool (*is_available)();
@@ -100,6 +127,7 @@ struct Kernels {
         void (*dequantize)(const uint8_t* symbols, size_t size, float levels, float step,
                            void* values);
     } per_type[kKVTypes];
+    SymbolRows symbol_rows;
 };
 
 // All backends of this build, slowest first. Some may need a newer processor than this one.

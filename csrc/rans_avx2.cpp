@@ -11,6 +11,7 @@
 #include "ladder_avx2.h"
 #include "encode_rows.h"
 #include "quantize_rows.h"
+#include "symbol_rows.h"
 #include "rans_simd.h"
 
 namespace cachegen {
@@ -267,6 +268,7 @@ constinit const Kernels kAvx2Kernels = {
     .angle_lanes = kLanesInOrder,
     .per_type = {row_kernels<KVType::Float16>(), row_kernels<KVType::BFloat16>(),
                  row_kernels<KVType::Float32>()},
+    .symbol_rows = symbol_rows(),
 };
 
 }  // namespace cachegen

@@ -11,6 +11,7 @@
 #include "ladder_avx512.h"
 #include "encode_rows.h"
 #include "quantize_rows.h"
+#include "symbol_rows.h"
 #include "rans_simd.h"
 #include "states_avx512.h"
 
@@ -259,6 +260,7 @@ constinit const Kernels kAvx512Kernels = {
     .angle_lanes = kAngleLanesAvx512,
     .per_type = {row_kernels<KVType::Float16>(), row_kernels<KVType::BFloat16>(),
                  row_kernels<KVType::Float32>()},
+    .symbol_rows = symbol_rows(),
 };
 
 }  // namespace cachegen

@@ -2,11 +2,11 @@
 #include <array>
 #include <bit>
 
-#include "bit_planes.h"
 #include "block.h"
 #include "dispatch.h"
 #include "error.h"
 #include "rans.h"
+#include "raw_digits.h"
 #include "segment_layout.h"
 #include "stream_reader.h"
 
@@ -81,17 +81,8 @@ private:
         for (size_t step = 0; step < steps; ++step) {
             const unsigned shift = shifts[step];
             if (shift == 0) continue;
-            uint32_t planes[kMaxShift];
-            reader_.next_planes(planes, shift);
-            uint8_t* values = &block_.bytes[step * kLanes];
-            std::fill(values + run().lanes, values + kLanes, uint8_t{0});
-            uint64_t any = 0;
-            for (unsigned bit = 0; bit < shift; ++bit) any |= planes[bit];
-            if (any >> run().lanes) reader_.refuse("raw bit of an idle lane", "1", "0");
-            const unsigned largest = largest_of({values, kLanes});
-            if (largest > kMaxSymbol >> shift)
-                reader_.refuse_symbol(step_ + step, largest << shift);
-            join_low_bits(values, shift, planes);
+            add_raw_digits(reader_, &block_.bytes[step * kLanes], shift, run().lanes,
+                           step_ + step);
         }
     }
 

@@ -10,6 +10,7 @@
 #include "encode_rows.h"
 #include "ladder_rows.h"
 #include "quantize_rows.h"
+#include "symbol_rows.h"
 #include "rans_simd.h"
 
 namespace cachegen {
@@ -231,6 +232,7 @@ constinit const Kernels kNeonKernels = {
     .angle_lanes = kLanesInOrder,
     .per_type = {row_kernels<KVType::Float16>(), row_kernels<KVType::BFloat16>(),
                  row_kernels<KVType::Float32>()},
+    .symbol_rows = symbol_rows(),
 };
 
 }  // namespace cachegen

@@ -8,6 +8,7 @@
 #include "ladder_rows.h"
 #include "encode_rows.h"
 #include "quantize_rows.h"
+#include "symbol_rows.h"
 
 namespace cachegen {
 namespace {
@@ -175,6 +176,7 @@ constinit const Kernels kScalarKernels = {
     .angle_lanes = kLanesInOrder,
     .per_type = {row_kernels<KVType::Float16>(), row_kernels<KVType::BFloat16>(),
                  row_kernels<KVType::Float32>()},
+    .symbol_rows = symbol_rows(),
 };
 
 }  // namespace cachegen

@@ -36,7 +36,12 @@ EVERYTHING = set(ALLOWED) | {"bench"}
 ALLOWED["bench"] = EVERYTHING - {"bench"}
 ALLOWED["cli"] = EVERYTHING
 
-ENGINES = {"transformers": "hf", "vllm": "connectors", "sglang": "connectors"}
+ENGINES = {
+    "transformers": "hf",
+    "vllm": "connectors",
+    "sglang": "connectors",
+    "lmcache": "bench",
+}
 
 
 def part_of(path: Path) -> str:

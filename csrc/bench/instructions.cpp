@@ -300,6 +300,34 @@ struct Work {
         });
     }
 
+    // Between the entropy coder and the quantiser of `int8` and `cachegen`.
+    void planes() {
+        const SymbolRows& rows = kernel.symbol_rows;
+        const std::vector<uint8_t> offsets(kBlockSteps, 3);
+        row("rotate_block", kLanes, 4, [&](size_t steps) {
+            rows.rotate_block(offsets.data(), steps, kLanes, out[0].at);
+        });
+        row("add_low_digits", 1, 4, [&](size_t size) {
+            rows.add_low_digits({words.data(), kBlockSteps, 0, 3}, 3, 4, size, out[0].at);
+        });
+        row("dequantize", 1, 4, [&](size_t size) {
+            constexpr auto type = static_cast<size_t>(KVType::BFloat16);
+            kernel.per_type[type].dequantize(symbols.at, size, 7.0f, 0.5f, out[0].at);
+        });
+        constexpr size_t kAlphabet = 15;
+        std::vector<uint32_t> counts(kCountedChannels * kAlphabet);
+        row("count_symbols", kCountedChannels, 1, [&](size_t tokens) {
+            rows.count(symbols.at, kCountedChannels, tokens, kCountedChannels, 0, kAlphabet,
+                       counts.data());
+        });
+        constexpr size_t kClasses = 112, kValues = 32;
+        const std::vector<double> costs(kClasses * kValues, 1.5), some(kValues, 2.0);
+        std::vector<double> bits(kClasses);
+        row("class_bits", kValues, 1, [&](size_t classes) {
+            rows.class_bits(some.data(), costs.data(), classes, bits.data());
+        });
+    }
+
     void run() {
         all_decoders();
         encode("encode_32", coarse.inverse(32), 32, symbols);
@@ -311,6 +339,7 @@ struct Work {
         });
         ladder();
         encoder();
+        planes();
     }
 };
 

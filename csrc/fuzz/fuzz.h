@@ -74,4 +74,7 @@ unsigned ladder_row(unsigned both, unsigned below);
 void fuzz_fused(Random& random, uint64_t round);
 void fuzz_encode(Random& random, uint64_t round);
 
+// Whole planes of `int8` and `cachegen`: see planes.cpp.
+void fuzz_planes(Random& random, uint64_t round);
+
 }  // namespace cachegen

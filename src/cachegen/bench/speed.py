@@ -1,20 +1,16 @@
 """How fast coding is on this machine, against copying the same bytes in the same run.
 
-Every figure is a median of runs that take turns with the copy it is compared with. One thread is
-timed by its own processor time, so that other processes of a shared machine do not count; several
-threads by the wall clock.
+Every figure is a median of runs that take turns with the copy it is compared with; see
+``speed_timing`` for the clocks, ``speed_summary`` for the ratios that are wanted.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-import statistics
+import gc
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +19,62 @@ import numpy as np
 from cachegen import native
 from cachegen.bench.report import environment
 from cachegen.bench.speed_data import GEOMETRIES, SpeedGeometry, geometry_of, synthetic_chunk
-from cachegen.bench.speed_peers import lmcache_note, prototype_rates, zstd_rows
+from cachegen.bench.speed_lmcache import lmcache_python
+from cachegen.bench.speed_peers import lmcache_rows, zstd_rows
+from cachegen.bench.speed_profile import known_case, matrix_product
+from cachegen.bench.speed_rows import Row, coding_row
+from cachegen.bench.speed_summary import summarise
+from cachegen.bench.speed_symbols import prototype_rounds, symbol_rows
+from cachegen.bench.speed_timing import (
+    Call,
+    Copier,
+    cache_share,
+    clock_of,
+    cycle,
+    destination_bytes,
+    in_turn,
+    limited,
+)
 from cachegen.chunk import KVChunk
 from cachegen.codec.base import Codec
 from cachegen.codec.cachegen import CacheGenCodec
-from cachegen.codec.container import SIDE, read_header
-from cachegen.codec.entropy import TOTAL
+from cachegen.codec.container import read_header
 from cachegen.codec.int8 import Int8Codec
 from cachegen.codec.levels import prefix_bytes
 from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.registry import decode
+from cachegen.profile import Profile
 
-# Destinations in turn, so that none is still in a cache: together this many bytes at least.
-DESTINATION_BYTES = 256 << 20
-# With this finest step the whole object of two passes is what "balanced" reads.
+# An object of two passes, both read.
 TWO_PASS_STEP = 0.6
-SYMBOL_CHANNELS = 1024
 
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """What is measured. seconds: of each figure, at least. prototype: a C++ source to compare."""
+    """What is measured.
+
+    seconds: of each figure, at least. prototype: a C++ source of symbol kernels to compare.
+    lmcache_python: an interpreter that has LMCache, if this one has not.
+    """
 
     geometries: tuple[str, ...] = tuple(GEOMETRIES)
     isas: tuple[str, ...] = ()
     threads: tuple[int, ...] = (1, 2)
-    seconds: float = 1.0
+    seconds: float = 0.25
     prototype: Path | None = None
+    lmcache_python: Path | None = None
+    lmcache_rounds: int = 3
+
+    def seconds_of(self, isa: str) -> float:
+        """Return how long a figure takes at least: less for plain C++, whose calls are long."""
+        return self.seconds / (4 if isa == "scalar" else 1)
+
+    def quick(self) -> SpeedSettings:
+        """Return settings for a first look: one geometry, the fastest instruction set."""
+        fastest = self.isas or tuple(native.available_isas()[-1:])
+        return replace(
+            self, geometries=self.geometries[:1], isas=fastest, seconds=0.05, lmcache_rounds=1
+        )
 
 
 def run_speed(
@@ -58,234 +83,243 @@ def run_speed(
     """Measure everything. Returns: a result with ``rows``, environment, and comparisons."""
     isas = settings.isas or tuple(native.available_isas())
     before = native.isa()
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     # A result says what was run, not where its files lay.
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    result: dict[str, Any] = {**environment(["cachegen", *words]), "rows": rows}
+    share = cache_share()
+    result: dict[str, Any] = {
+        **environment(["cachegen", *words]),
+        "cache_share_bytes": share,
+        "destination_bytes": destination_bytes(),
+    }
+    python, result["lmcache"] = lmcache_python(settings.lmcache_python)
     try:
         for isa in isas:
             native.select_isa(isa)
             progress(f"symbols, {isa}")
-            rows += symbol_rows(isa, settings)
+            rows += symbol_rows(isa, settings.seconds_of(isa), settings.threads)
         if settings.prototype is not None:
             progress("prototype")
-            result["prototype_gsym_per_s"] = prototype_rates(settings.prototype)
+            result["prototype"] = prototype_rounds(settings.prototype, isas)
         for name in settings.geometries:
+            gc.collect()  # the destinations of the geometry before
+            bench = _Geometry(geometry_of(name), settings, progress)
             for isa in isas:
                 native.select_isa(isa)
-                rows += geometry_rows(geometry_of(name), isa, settings, progress)
+                rows += bench.rows(isa)
+                if name == settings.geometries[0]:
+                    rows += profile_rows(bench.geometry, isa, settings, progress)
             native.select_isa(isas[-1])
             progress(f"{name}: zstd")
-            rows += zstd_rows(_chunk(geometry_of(name)), name, settings.seconds)
+            rows += zstd_rows(bench.chunk, name, settings.seconds)
+            if python is not None:
+                progress(f"{name}: LMCache")
+                own = {codec: bench.timed(codec, data) for codec, data in bench.encoded.items()}
+                rows += lmcache_rows(python, bench.chunk, name, own, settings.lmcache_rounds)
+            bench.close()
     finally:
         native.select_isa(before)
-    result["lmcache"] = lmcache_note()
+    result["rows"] = rows
+    result["comparisons"] = summarise(result)
     return result
 
 
-def _row(kernel: str, isa: str, **values: Any) -> dict[str, Any]:
-    row = {
-        "kernel": kernel,
-        "isa": isa,
-        "codec": None,
-        "quality": None,
-        "geometry": None,
-        "passes": None,
-        "threads": 1,
-        "billed_bits_per_value": None,
-        "gsym_per_s": None,
-        "output_bytes_per_s": None,
-        "ratio_to_memcpy": None,
-    }
-    return row | values
+@dataclass(frozen=True)
+class _Case:
+    """A codec and how much of its objects is read."""
+
+    name: str
+    codec: Codec
+    quality: str | None = None
 
 
-def clock_of(threads: int) -> Callable[[], float]:
-    """Return the clock that times so many threads."""
-    return time.thread_time if threads == 1 else time.perf_counter
-
-
-def in_turn(
-    first: Callable[[], object],
-    second: Callable[[], object],
-    clock: Callable[[], float],
-    least: float,
-) -> tuple[float, float]:
-    """Return the median seconds of two calls that take turns, for some seconds of the first."""
-    times: tuple[list[float], list[float]] = ([], [])
-    while sum(times[0]) < least or len(times[0]) < 5:
-        for call, seconds in zip((first, second), times, strict=True):
-            begin = clock()
-            call()
-            seconds.append(clock() - begin)
-    return statistics.median(times[0]), statistics.median(times[1])
-
-
-def symbol_rows(isa: str, settings: SpeedSettings) -> list[dict[str, Any]]:
-    """Measure the entropy decoder alone: 16 and 32 symbols, 32 models, about 2.5 bits each."""
-    rows = []
-    rng = np.random.default_rng(0)
-    for alphabet in (16, 32):
-        spreads = np.geomspace(0.6, 3.0, 32)
-        places = np.arange(alphabet) - (alphabet - 1) / 2
-        density = np.exp(-0.5 * np.square(places / spreads[:, None])) + 1e-6
-        freqs = np.maximum(np.floor(density / density.sum(axis=1, keepdims=True) * TOTAL), 1)
-        freqs[np.arange(32), freqs.argmax(axis=1)] += TOTAL - freqs.sum(axis=1)
-        tables = native.Tables(freqs.astype(np.uint16))
-        models = rng.integers(0, 32, SYMBOL_CHANNELS).astype(np.uint16)
-        edges = np.cumsum(freqs, axis=1)[models]
-        draws = rng.integers(0, TOTAL, (1024, SYMBOL_CHANNELS, 1))
-        symbols = (draws >= edges[None]).sum(axis=2).astype(np.uint8)
-        body = native.encode_segment(symbols, models, tables, stream_steps=1024)
-        seconds, _ = in_turn(
-            functools.partial(
-                native.verify_segment, body, symbols.shape[0], symbols.shape[1], models, tables
-            ),
-            lambda: None,
-            clock_of(1),
-            settings.seconds / (10 if isa == "scalar" else 1),
-        )
-        rows.append(
-            _row(
-                "symbols",
-                isa,
-                codec=f"rans-{alphabet}",
-                billed_bits_per_value=8 * len(body) / symbols.size,
-                gsym_per_s=symbols.size / seconds / 1e9,
-                output_bytes_per_s=symbols.size / seconds,
-            )
-        )
-    return rows
-
-
-_CHUNKS: dict[str, KVChunk] = {}
-
-
-def _chunk(geometry: SpeedGeometry) -> KVChunk:
-    if geometry.name not in _CHUNKS:
-        _CHUNKS.clear()
-        _CHUNKS[geometry.name] = synthetic_chunk(geometry)
-    return _CHUNKS[geometry.name]
-
-
-def codecs() -> list[tuple[str, Codec, str | None]]:
-    """Return name, codec and quality of what is measured whole."""
+def codecs() -> list[_Case]:
+    """Return what is measured whole."""
     return [
-        ("progressive-2", ProgressiveCodec(passes=2, step=TWO_PASS_STEP), "balanced"),
-        ("progressive", ProgressiveCodec(), "balanced"),
-        ("progressive", ProgressiveCodec(), None),
-        ("int8", Int8Codec(), None),
-        ("cachegen", CacheGenCodec(), None),
+        _Case("progressive", ProgressiveCodec(), "balanced"),
+        _Case("progressive", ProgressiveCodec()),
+        _Case("progressive-2", ProgressiveCodec(passes=2, step=TWO_PASS_STEP)),
+        _Case("int8", Int8Codec()),
+        _Case("cachegen", CacheGenCodec()),
     ]
 
 
-def geometry_rows(
-    geometry: SpeedGeometry, isa: str, settings: SpeedSettings, progress: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Measure whole decoding and encoding of one geometry, bytes to bfloat16 KV and back."""
-    chunk = _chunk(geometry)
-    least = settings.seconds / (4 if isa == "scalar" else 1)
-    copies = max(2, -(-DESTINATION_BYTES // chunk.size_bytes))
-    outs = [np.ones_like(chunk.to_array()) for _ in range(copies)]
-    targets = [KVChunk.from_array(out) for out in outs]
-    source = np.ones_like(outs[0])
-    rows = []
-    encoded: dict[tuple[str, int], bytes] = {}
-    for name, codec, quality in codecs():
-        progress(f"{geometry.name}: {name}, {isa}")
-        known = (name, 1)
-        if known not in encoded:
-            begin = time.thread_time()
-            encoded[known] = codec.encode(chunk)
-            encode_s = time.thread_time() - begin
-            _, copy_s = in_turn(
-                lambda: None, _cycle(outs, lambda out: np.copyto(out, source)), clock_of(1), 0.0
+class _Buffers:
+    """Destinations and sources of one chunk's shape, touched, enough to leave no cache warm."""
+
+    def __init__(self, chunk: KVChunk) -> None:
+        copies = max(4, -(-destination_bytes() // chunk.size_bytes))
+        self.outs = [chunk.to_array().copy() for _ in range(copies)]
+        self.chunks = [KVChunk.from_array(out, rope=chunk.rope) for out in self.outs]
+        self.copier = Copier(self.outs)
+
+    def refill(self, chunk: KVChunk) -> None:
+        """Undo what decoding left in them."""
+        for out in self.outs:
+            np.copyto(out, chunk.to_array())
+
+
+def _threaded(threads: int, call: Call) -> Call:
+    def limited_call() -> None:
+        with limited(threads):
+            call()
+
+    return limited_call
+
+
+def measure(
+    call: Call, copier: Copier, threads: int, seconds: float
+) -> tuple[float, float, dict[str, float]]:
+    """Time coding beside copying.
+
+    Returns: seconds; the ratio of copying to it, both with so many threads; with more than one
+    thread how much faster than one both are.
+    """
+    calls = [_threaded(threads, call), copier.call(threads)]
+    if threads == 1:
+        samples = in_turn(calls, clock_of(1), seconds)
+        return samples.median(0), samples.ratio(1, 0), {}
+    calls += [_threaded(1, call), copier.call(1)]
+    samples = in_turn(calls, clock_of(threads), seconds)
+    gains = {"speedup": samples.ratio(2, 0), "memcpy_speedup": samples.ratio(3, 1)}
+    return samples.median(0), samples.ratio(1, 0), gains
+
+
+class _Geometry:
+    """Measures whole encoding and decoding of one geometry, bytes to bfloat16 KV and back."""
+
+    def __init__(
+        self, geometry: SpeedGeometry, settings: SpeedSettings, progress: Callable[[str], None]
+    ) -> None:
+        self.geometry = geometry
+        self.chunk = synthetic_chunk(geometry)
+        self.encoded: dict[str, bytes] = {}
+        self._settings = settings
+        self._progress = progress
+        self._buffers = _Buffers(self.chunk)
+
+    def close(self) -> None:
+        """End the threads that copy."""
+        self._buffers.copier.close()
+
+    def rows(self, isa: str) -> list[Row]:
+        """Measure every codec with one instruction set."""
+        rows = []
+        done: set[str] = set()
+        for case in codecs():
+            self._progress(f"{self.geometry.name}: {case.name}, {isa}")
+            if case.name not in done:
+                done.add(case.name)
+                rows += self._encode(case, isa)
+            rows += self._decode(case, isa, self.encoded[case.name])
+        if self.geometry.rope is not None:
+            self._progress(f"{self.geometry.name}: without RoPE, {isa}")
+            case = codecs()[0]
+            plain = self.chunk.to_array()
+            data = case.codec.encode(KVChunk.from_array(plain))
+            rows += self._decode(case, isa, data, rope=False)
+        return rows
+
+    def timed(self, name: str, data: bytes) -> tuple[Callable[[], float], Callable[[], float]]:
+        """Return calls that encode and decode once with one thread and return the seconds."""
+        codec = {case.name: case.codec for case in codecs()}[name]
+        clock = clock_of(1)
+
+        def encode() -> float:
+            with limited(1):
+                begin = clock()
+                codec.encode(self.chunk)
+                return clock() - begin
+
+        targets = cycle(self._buffers.chunks, functools.partial(_decode_to, data))
+
+        def decode_once() -> float:
+            with limited(1):
+                begin = clock()
+                targets()
+                return clock() - begin
+
+        return encode, decode_once
+
+    def _encode(self, case: _Case, isa: str) -> list[Row]:
+        self._buffers.refill(self.chunk)
+        self.encoded[case.name] = data = case.codec.encode(self.chunk)
+        call = cycle(self._buffers.chunks, case.codec.encode)
+        return [
+            coding_row(
+                "encode",
+                isa,
+                data,
+                measure(call, self._buffers.copier, threads, self._settings.seconds_of(isa)),
+                geometry=self.geometry.name,
+                codec=case.name,
+                threads=threads,
             )
-            rows.append(_measured("encode", isa, geometry, name, None, 1, encoded[known], chunk,
-                                  encode_s, copy_s))  # fmt: skip
-        data = encoded[known]
-        if quality is not None:
-            data = data[: prefix_bytes(read_header(data), quality)]
-        for count in settings.threads:
-            with limited(count):
-                seconds, copy_s = in_turn(
-                    _cycle(
-                        targets,
-                        functools.partial(_decode_to, data),
-                    ),
-                    _cycle(outs, lambda out: np.copyto(out, source)),
-                    clock_of(count),
-                    least,
-                )
-            rows.append(_measured("decode", isa, geometry, name, quality, count, data, chunk,
-                                  seconds, copy_s))  # fmt: skip
+            for threads in self._settings.threads
+        ]
+
+    def _decode(self, case: _Case, isa: str, data: bytes, *, rope: bool = True) -> list[Row]:
+        if case.quality is not None:
+            data = data[: prefix_bytes(read_header(data), case.quality)]
+        call = cycle(self._buffers.chunks, functools.partial(_decode_to, data))
+        return [
+            coding_row(
+                "decode",
+                isa,
+                data,
+                measure(call, self._buffers.copier, threads, self._settings.seconds_of(isa)),
+                geometry=self.geometry.name,
+                codec=case.name,
+                quality=case.quality,
+                threads=threads,
+                rope=rope if self.geometry.rope is not None else None,
+            )
+            for threads in self._settings.threads
+        ]
+
+
+def profile_rows(
+    geometry: SpeedGeometry, isa: str, settings: SpeedSettings, progress: Callable[[str], None]
+) -> list[Row]:
+    """Measure decoding with a KLT of each head and a joint one, "balanced", two passes or more.
+
+    ``ratio_to_product``: total time over that of the matrix products alone, in turn.
+    """
+    rows = []
+    for transform in ("head", "joint"):
+        progress(f"{geometry.name}: KLT, {transform}, {isa}")
+        case = known_case(geometry, transform)
+        codec = ProgressiveCodec(profile=case.profile)
+        data = codec.encode(case.chunk)
+        data = data[: prefix_bytes(read_header(data), "balanced")]
+        buffers = _Buffers(case.chunk)
+        decode_to = functools.partial(_decode_to, data, profile=case.profile)
+        call = cycle(buffers.chunks, decode_to)
+        product = _threaded(1, matrix_product(data, case))
+        for threads in settings.threads:
+            figures = measure(call, buffers.copier, threads, settings.seconds_of(isa))
+            row = coding_row(
+                "decode",
+                isa,
+                data,
+                figures,
+                geometry=f"{geometry.name}, {case.geometry.layers} layers",
+                codec="progressive",
+                quality="balanced",
+                threads=threads,
+                transform=transform,
+                rope=True if geometry.rope is not None else None,
+            )
+            if threads == 1:
+                pair = in_turn([_threaded(1, call), product], clock_of(1), settings.seconds_of(isa))
+                row["ratio_to_product"] = pair.ratio(0, 1)
+            rows.append(row)
+        buffers.copier.close()
     return rows
 
 
-def _decode_to(data: bytes, out: KVChunk) -> None:
-    decode(data, allow_partial=True, out=out)
-
-
-def _measured(
-    kernel: str,
-    isa: str,
-    geometry: SpeedGeometry,
-    codec: str,
-    quality: str | None,
-    threads: int,
-    data: bytes,
-    chunk: KVChunk,
-    seconds: float,
-    copy_s: float,
-) -> dict[str, Any]:
-    header = read_header(data)
-    present = [s for s in header.segments if s.kind != SIDE and s.offset + s.length <= len(data)]
-    symbols = sum(_symbols_of(header, segment.group) for segment in present)
-    return _row(
-        kernel,
-        isa,
-        codec=codec,
-        quality=quality,
-        geometry=geometry.name,
-        passes=round(len(present) / len(header.groups), 2),
-        threads=threads,
-        billed_bits_per_value=8 * len(data) / chunk.value_count,
-        gsym_per_s=symbols / seconds / 1e9,
-        output_bytes_per_s=chunk.size_bytes / seconds,
-        ratio_to_memcpy=copy_s / seconds,
-    )
-
-
-def _symbols_of(header: Any, group: int) -> int:
-    entry = header.groups[group]
-    begin, end = header.ranges[entry.layer]
-    planes = entry.layers * (entry.planes.bit_count())
-    return int((end - begin) * planes * header.geometry.kv_heads * header.geometry.key_dim)
-
-
-def _cycle(items: Sequence[Any], call: Callable[[Any], object]) -> Callable[[], object]:
-    state = iter(_forever(items))
-    return lambda: call(next(state))
-
-
-def _forever(items: Sequence[Any]) -> Iterator[Any]:
-    while True:
-        yield from items
-
-
-@contextmanager
-def limited(threads: int) -> Iterator[None]:
-    """Let coding use so many threads."""
-    name = "CACHEGEN_THREADS"
-    before = os.environ.get(name)
-    os.environ[name] = str(threads)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+def _decode_to(data: bytes, out: KVChunk, profile: Profile | None = None) -> None:
+    decode(data, allow_partial=True, out=out, profile=profile)
 
 
 __all__ = ["SpeedSettings", "run_speed"]

@@ -1,25 +1,26 @@
-"""What speed is compared with: zstd, LMCache's CPU path, a prototype of the kernels."""
+"""What speed is compared with: zstd and LMCache's CPU path."""
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import shutil
-import subprocess
-import tempfile
-import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from cachegen import native
+from cachegen.bench.speed_lmcache import CODEC, ISA, LMCachePeer, measured
+from cachegen.bench.speed_rows import Row, row_of
+from cachegen.bench.speed_timing import clock_of, in_turn
 from cachegen.chunk import KVChunk
 from cachegen.codec.base import planes_of
 from cachegen.codec.int8 import LEVELS
-from cachegen.errors import ConfigError
+
+ZSTD = "int8+zstd-{level}"
 
 
-def zstd_rows(chunk: KVChunk, geometry: str, seconds: float) -> list[dict[str, Any]]:
-    """Measure zstd levels 1 and 3 on the int8 symbols of the chunk; none if it is not installed."""
+def zstd_rows(chunk: KVChunk, geometry: str, seconds: float) -> list[Row]:
+    """Measure zstd levels 1 and 3 on the int8 symbols of the chunk; none if it is not installed.
+
+    Output bytes are these symbols: one for each value.
+    """
     try:
         import zstandard
     except ImportError:
@@ -29,63 +30,64 @@ def zstd_rows(chunk: KVChunk, geometry: str, seconds: float) -> list[dict[str, A
     )
     rows = []
     for level in (1, 3):
-        begin = time.thread_time()
-        data = zstandard.ZstdCompressor(level=level).compress(symbols)
-        encode_s = time.thread_time() - begin
-        times: list[float] = []
-        while sum(times) < seconds or len(times) < 3:
-            begin = time.thread_time()
-            zstandard.ZstdDecompressor().decompress(data, max_output_size=len(symbols))
-            times.append(time.thread_time() - begin)
-        for kernel, took in (("decode", sorted(times)[len(times) // 2]), ("encode", encode_s)):
+        compressor = zstandard.ZstdCompressor(level=level)
+        data = compressor.compress(symbols)
+        expand = zstandard.ZstdDecompressor()
+
+        def decompress(body: bytes = data, tool: zstandard.ZstdDecompressor = expand) -> None:
+            tool.decompress(body, max_output_size=len(symbols))
+
+        def compress(tool: zstandard.ZstdCompressor = compressor) -> None:
+            tool.compress(symbols)
+
+        samples = in_turn([decompress, compress], clock_of(1), seconds)
+        for kernel, took in (("decode", samples.median(0)), ("encode", samples.median(1))):
             rows.append(
-                {
-                    "kernel": kernel,
-                    "isa": "zstd's own",
-                    "codec": f"int8+zstd-{level}",
-                    "quality": None,
-                    "geometry": geometry,
-                    "passes": 1,
-                    "threads": 1,
-                    "billed_bits_per_value": 8 * len(data) / chunk.value_count,
-                    "gsym_per_s": len(symbols) / took / 1e9,
-                    "output_bytes_per_s": len(symbols) / took,
-                    "ratio_to_memcpy": None,
-                }
+                row_of(
+                    kernel,
+                    "zstd's own",
+                    codec=ZSTD.format(level=level),
+                    geometry=geometry,
+                    passes=1,
+                    billed_bits_per_value=8 * len(data) / chunk.value_count,
+                    gsym_per_s=len(symbols) / took / 1e9,
+                    output_bytes_per_s=len(symbols) / took,
+                )
             )
     return rows
 
 
-def lmcache_note() -> str:
-    """Say whether LMCache can be imported here; its CPU path needs it."""
-    if importlib.util.find_spec("lmcache") is None:
-        return "not importable: not measured"
-    return "importable"
+def lmcache_rows(
+    python: Path,
+    chunk: KVChunk,
+    geometry: str,
+    own: Mapping[str, tuple[Callable[[], float], Callable[[], float]]],
+    rounds: int,
+) -> list[Row]:
+    """Measure LMCache's CacheGen codec on the CPU in turn with codecs of ours, one thread each.
 
-
-_RATE = re.compile(r"^\s*(avx512 alias|avx2 pshufb-alias) x\d\s+ok\s+([\d.]+) Gsym/s", re.M)
-
-
-def prototype_rates(source: Path) -> dict[str, float]:
-    """Compile a prototype of the symbol kernels and return its best rates by instruction set.
-
-    Raises: ConfigError if there is no compiler or it prints no rate.
+    own: by name calls that encode and decode the same chunk and return their seconds.
+    Returns: rows whose ``ratio_to_own`` says by name how many times faster ours is.
     """
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        raise ConfigError("C++ compiler", got=None, expected="c++", remedy="install one")
-    best: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "prototype"
-        command = [compiler, "-O3", "-march=native", "-w", str(source), "-o", str(program)]
-        subprocess.run(command, check=True)
-        for _ in range(3):
-            text = subprocess.run(
-                [program, "16"], check=True, capture_output=True, text=True
-            ).stdout
-            for name, rate in _RATE.findall(text):
-                isa = name.split()[0]
-                best[isa] = max(best.get(isa, 0.0), float(rate))
-    if not best:
-        raise ConfigError("output of the prototype", got="no rates", expected="lines of rates")
-    return best
+    rows = []
+    with LMCachePeer(python, chunk, geometry) as peer:
+        encoders = {name: calls[0] for name, calls in own.items()}
+        decoders = {name: calls[1] for name, calls in own.items()}
+        encode_s, size, encode_ratios = measured(peer.encode, rounds, encoders)
+        decode_s, _, decode_ratios = measured(peer.decode, rounds, decoders)
+        for kernel, took, ratios in (
+            ("decode", decode_s, decode_ratios),
+            ("encode", encode_s, encode_ratios),
+        ):
+            row = row_of(
+                kernel,
+                ISA,
+                codec=CODEC,
+                geometry=geometry,
+                passes=1,
+                billed_bits_per_value=8 * size / chunk.value_count,
+                gsym_per_s=chunk.value_count / took / 1e9,
+                output_bytes_per_s=chunk.size_bytes / took,
+            )
+            rows.append(row | {"ratio_to_own": ratios, "versions": peer.versions})
+    return rows

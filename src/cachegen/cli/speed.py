@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from cachegen.cli.common import JsonOption, console, errors
 
@@ -22,17 +21,23 @@ def speed(
     ] = None,
     isa: Annotated[list[str] | None, typer.Option(help="Once for each; default: all.")] = None,
     threads: Annotated[list[int] | None, typer.Option(help="Default: 1 and 2.")] = None,
-    seconds: Annotated[float, typer.Option(help="Of each figure, at least.")] = 0.5,
+    seconds: Annotated[float, typer.Option(help="Of each figure, at least.")] = 0.25,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One geometry, the fastest instruction set, short.")
+    ] = False,
     prototype: Annotated[
         Path | None, typer.Option(help="C++ source of symbol kernels to compile and compare.")
+    ] = None,
+    lmcache_python: Annotated[
+        Path | None, typer.Option(help="An interpreter that has lmcache, if this one has not.")
     ] = None,
     json_file: JsonOption = None,
     plot: Annotated[Path | None, typer.Option(metavar="F.png", help="Draw a chart.")] = None,
 ) -> None:
     """Measure symbols, decoding and encoding against copying the same bytes."""
-    from cachegen.bench.report import format_cell, write_json
+    from cachegen.bench.report import write_json
     from cachegen.bench.speed import SpeedSettings, run_speed
-    from cachegen.bench.speed_report import plot_speed
+    from cachegen.bench.speed_report import plot_speed, print_speed
 
     defaults = SpeedSettings()
     settings = SpeedSettings(
@@ -41,28 +46,13 @@ def speed(
         threads=tuple(threads or defaults.threads),
         seconds=seconds,
         prototype=prototype,
+        lmcache_python=lmcache_python,
     )
+    if quick:
+        settings = settings.quick()
     with errors.status("measuring") as status:
         result = run_speed(settings, status.update)
-    table = Table(title="medians; ratio: to memcpy of the same output")
-    columns = (
-        ("kernel", ""),
-        ("isa", ""),
-        ("codec", ""),
-        ("quality", ""),
-        ("geometry", ""),
-        ("passes", ""),
-        ("threads", ""),
-        ("billed_bits_per_value", ".2f"),
-        ("gsym_per_s", ".3f"),
-        ("output_bytes_per_s", ".3g"),
-        ("ratio_to_memcpy", ".3f"),
-    )
-    for name, _ in columns:
-        table.add_column(name)
-    for row in result["rows"]:
-        table.add_row(*(format_cell(row[name], spec) for name, spec in columns))
-    console.print(table)
+    print_speed(result, console)
     if json_file:
         write_json(json_file, result)
     if plot:

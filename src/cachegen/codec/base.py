@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Self
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cachegen import native
 from cachegen.chunk import KVChunk, LayerKV
 from cachegen.codec.container import DEFAULT_MAX_DECODED_BYTES, Buffer
 from cachegen.codec.header import Header, SegmentBody
@@ -16,6 +19,8 @@ from cachegen.codec.target import Target
 from cachegen.errors import CorruptError
 from cachegen.profile import Profile
 from cachegen.types import Array, ChunkKey
+
+Result = TypeVar("Result")
 
 
 class Codec(ABC):
@@ -121,6 +126,19 @@ def empty_chunk(header: Header) -> KVChunk:
 def planes_of(chunk: KVChunk) -> list[Array]:
     """Return the planes in group order, each (T_l, H, D): K and V of layer 0, of layer 1, ..."""
     return [plane for layer in chunk.layers for plane in (layer.keys, layer.values)]
+
+
+def each_plane(work: Callable[[int], Result], count: int) -> list[Result]:
+    """Do something for every plane, in as many threads as a call may use.
+
+    Returns: results in order. Of several errors that of the first plane is raised. Threads end with
+    the call.
+    """
+    most = min(native.threads(), count)
+    if most <= 1:
+        return [work(plane) for plane in range(count)]
+    with ThreadPoolExecutor(max_workers=most) as pool:
+        return list(pool.map(work, range(count)))
 
 
 def payload_order(passes: list[list[SegmentBody]]) -> list[SegmentBody]:

@@ -19,10 +19,10 @@ from cachegen.chunk import KVChunk
 from cachegen.codec.base import (
     Codec,
     check_one_plane_per_group,
+    each_plane,
     payload_order,
     planes_of,
     quantization_error,
-    read_scales,
 )
 from cachegen.codec.container import SIDE, write_object
 from cachegen.codec.entropy import (
@@ -30,14 +30,15 @@ from cachegen.codec.entropy import (
     Symbols,
     TableMode,
     alphabet_size,
-    decode_matrix,
     digit_shift,
     encode_matrix,
     histogram,
     normalize_counts,
+    parametric_tables,
 )
 from cachegen.codec.grading import DEFAULT_LEVEL, MAX_BINS, MIN_BINS, CacheGenConfig
 from cachegen.codec.header import Header, SegmentBody
+from cachegen.codec.plane_source import matrix_source
 from cachegen.codec.reader import ObjectReader
 from cachegen.codec.target import Target
 from cachegen.errors import ConfigError, CorruptError, GeometryError, ProfileError
@@ -126,15 +127,18 @@ class CacheGenCodec(Codec):
         if mode is TableMode.PROFILE and self.profile is None:
             raise ProfileError("profile", got=None, expected="a profile for tables='profile'")
         passes: list[list[SegmentBody]] = [[] for _ in range(1 + (self.delta == "anchor"))]
-        for group, matrices in enumerate(self._quantised(chunk, bins)):
-            for index, matrix in enumerate(matrices):
-                freqs = profile_freqs(self.profile, group, index) if self.profile else None
-                coded = encode_matrix(matrix.symbols, matrix.levels, mode, freqs)
-                side = matrix.scales.tobytes() + coded.tables
-                passes[index] += [
-                    SegmentBody(group, index, SIDE, side, matrix.distortion),
-                    SegmentBody(group, index, coded.kind, coded.body, matrix.distortion),
-                ]
+        planes = planes_of(chunk)
+
+        def encode_plane(group: int) -> list[list[SegmentBody]]:
+            matrices = self._quantise_plane(planes[group], group, bins)
+            return [
+                self._encode_matrix(group, index, matrix, mode)
+                for index, matrix in enumerate(matrices)
+            ]
+
+        for segments in each_plane(encode_plane, len(planes)):
+            for index, of_pass in enumerate(segments):
+                passes[index] += of_pass
         return write_object(
             chunk,
             codec_id=self.codec_id,
@@ -145,14 +149,21 @@ class CacheGenCodec(Codec):
             key=key,
         )
 
-    def _quantised(self, chunk: KVChunk, bins: tuple[int, ...]) -> list[list[_Matrix]]:
-        layers = chunk.geometry.layers
+    def _encode_matrix(
+        self, group: int, index: int, matrix: _Matrix, mode: TableMode
+    ) -> list[SegmentBody]:
+        freqs = profile_freqs(self.profile, group, index) if self.profile else None
+        coded = encode_matrix(matrix.symbols, matrix.levels, mode, freqs)
+        side = matrix.scales.tobytes() + coded.tables
         return [
-            _quantise_delta(plane, delta_levels(bins[group], group // 2, layers))
-            if self.delta == "anchor"
-            else [_quantise(plane, bins[group] // 2 - 1)]
-            for group, plane in enumerate(planes_of(chunk))
+            SegmentBody(group, index, SIDE, side, matrix.distortion),
+            SegmentBody(group, index, coded.kind, coded.body, matrix.distortion),
         ]
+
+    def _quantise_plane(self, plane: Array, group: int, bins: tuple[int, ...]) -> list[_Matrix]:
+        if self.delta == "none":
+            return [_quantise(plane, bins[group] // 2 - 1)]
+        return _quantise_delta(plane, delta_levels(bins[group], group // 2, len(bins) // 2))
 
     def fit_profile(self, chunks: Sequence[KVChunk], *, model_name: str = "") -> Profile:
         """Fit the frequency tables of tables="profile" to calibration chunks (paper, section 5.2).
@@ -164,8 +175,8 @@ class CacheGenCodec(Codec):
         bins = self.plane_bins(chunks[0].geometry.layers)
         counts: dict[str, Array] = {}
         for chunk in chunks:
-            for group, matrices in enumerate(self._quantised(chunk, bins)):
-                for index, matrix in enumerate(matrices):
+            for group, plane in enumerate(planes_of(chunk)):
+                for index, matrix in enumerate(self._quantise_plane(plane, group, bins)):
                     shifted = matrix.symbols >> np.uint8(digit_shift(matrix.levels))
                     seen = histogram(shifted, alphabet_size(matrix.levels))
                     name = f"cachegen.{group}.{index}"
@@ -204,13 +215,29 @@ class CacheGenCodec(Codec):
             profile = matching_profile(profile, header.profile)
         elif header.profile is not None:
             raise CorruptError("profile digest", got="present", expected="none for these tables")
+        planes = []
         for group in range(len(header.groups)):
-            with target.writing(group // 2, is_value=group % 2 == 1) as plane:
-                if anchor_tokens:
-                    levels = delta_levels(bins[group], group // 2, header.geometry.layers)
-                    _decode_delta(reader, group, plane, levels, anchor_tokens, mode, profile)
-                else:
-                    _decode_pass(reader, group, 0, plane, bins[group] // 2 - 1, mode, profile)
+            plane = target.plane(group // 2, is_value=group % 2 == 1)
+            tokens, plain = len(plane.offsets), bins[group] // 2 - 1
+            steps = [(tokens, plain)]
+            if anchor_tokens:
+                anchors = -(-tokens // anchor_tokens)
+                finer = delta_levels(bins[group], group // 2, header.geometry.layers)
+                steps = [(anchors, ANCHOR_LEVELS), (tokens - anchors, finer)]
+            passes = []
+            for index, (rows, levels) in enumerate(steps[: reader.passes_of(group)]):
+                freqs = profile_freqs(profile, group, index) if mode is TableMode.PROFILE else None
+                channels = plane.heads * plane.dim
+                passes.append(
+                    matrix_source(reader, group, index, (rows, channels), levels, mode, freqs)
+                )
+            planes.append(native.QuantizedPlane(tokens, anchor_tokens, passes, plane))
+        native.decode_planes(
+            planes,
+            dtype=target.dtype,
+            stored=header.geometry.dtype,
+            shared=parametric_tables()[0],
+        )
 
 
 @dataclass(frozen=True)
@@ -242,7 +269,7 @@ def _quantise_delta(plane: Array, levels: int) -> list[_Matrix]:
     anchors = _quantise(plane[::ANCHOR_TOKENS], ANCHOR_LEVELS)
     decoded = np.empty(plane[::ANCHOR_TOKENS].shape, plane.dtype)
     native.dequantize(anchors.symbols, anchors.scales, ANCHOR_LEVELS, decoded)
-    rows = _delta_rows(plane.shape[0], ANCHOR_TOKENS)
+    rows = delta_rows(plane.shape[0], ANCHOR_TOKENS)
     base = decoded[rows // ANCHOR_TOKENS].astype(np.float32)
     difference = plane[rows].astype(np.float32) - base
     if KVDtype.of(plane.dtype) is KVDtype.FLOAT16:
@@ -256,51 +283,9 @@ def _quantise_delta(plane: Array, levels: int) -> list[_Matrix]:
     ]
 
 
-def _delta_rows(tokens: int, group_tokens: int) -> NDArray[np.int64]:
+def delta_rows(tokens: int, group_tokens: int) -> NDArray[np.int64]:
+    """Return the tokens that are no anchors."""
     return np.flatnonzero(np.arange(tokens) % group_tokens)
-
-
-def _decode_delta(
-    reader: ObjectReader,
-    group: int,
-    plane: Array,
-    levels: int,
-    group_tokens: int,
-    mode: TableMode,
-    profile: Profile | None,
-) -> None:
-    tokens, heads, dim = plane.shape
-    anchors = np.empty(((tokens + group_tokens - 1) // group_tokens, heads, dim), plane.dtype)
-    _decode_pass(reader, group, 0, anchors, ANCHOR_LEVELS, mode, profile)
-    plane[:] = anchors[np.arange(tokens) // group_tokens]
-    if reader.passes_of(group) < 2:
-        return
-    rows = _delta_rows(tokens, group_tokens)
-    difference = np.empty((len(rows), heads, dim), plane.dtype)
-    _decode_pass(reader, group, 1, difference, levels, mode, profile)
-    plane[rows] = plane[rows].astype(np.float32) + difference.astype(np.float32)
-
-
-def _decode_pass(
-    reader: ObjectReader,
-    group: int,
-    index: int,
-    out: Array,
-    levels: int,
-    mode: TableMode,
-    profile: Profile | None,
-) -> None:
-    """Decode one pass of a plane into out, (rows, H, D)."""
-    rows, heads, dim = out.shape
-    side = reader.side(group, index)
-    scales = read_scales(side, (rows, 1), out.dtype)
-    segment, body = reader.segment(group, index)
-    freqs = profile_freqs(profile, group, index) if mode is TableMode.PROFILE and profile else None
-    shape, tables = (rows, heads * dim), side[scales.nbytes :]
-    symbols = decode_matrix(segment.kind, body, tables, shape, levels, mode, freqs)
-    if symbols.size and int(symbols.max()) > 2 * levels:
-        raise CorruptError("symbol", got=int(symbols.max()), expected=f"0 to {2 * levels}")
-    native.dequantize(symbols, scales, levels, out)
 
 
 def profile_freqs(profile: Profile | None, group: int, index: int) -> Freqs | None:

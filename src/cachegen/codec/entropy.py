@@ -68,6 +68,7 @@ def histogram(symbols: Symbols, size: int) -> NDArray[np.int64]:
 def normalize_counts(counts: NDArray[Any]) -> Freqs:
     """Scale histograms (C, A) to frequencies that sum to 4096, none that occurs being 0.
 
+    The twin of ``native.normalize_counts``, for counts of any type.
     A channel that never occurs gets certainty on value 0.
     """
     counts = np.asarray(counts, np.int64).copy()
@@ -84,6 +85,18 @@ def normalize_counts(counts: NDArray[Any]) -> Freqs:
         freqs[rows, gain.argmax(axis=1)] += short > 0
         freqs[rows, loss.argmin(axis=1)] -= short < 0
     return freqs.astype(np.uint16)
+
+
+@functools.cache
+def _bits_saved() -> NDArray[np.float64]:
+    freqs = np.arange(TOTAL + 1, dtype=np.float64)
+    freqs[0] = 1
+    return np.log2((freqs + 1) / freqs)
+
+
+@functools.cache
+def _costs_by_value() -> NDArray[np.float64]:
+    return np.ascontiguousarray(parametric_tables()[1].T)
 
 
 @functools.cache
@@ -123,11 +136,18 @@ class ParametricModels:
         return cls(both[0], both[1])
 
 
-def fit_parametric(digits: Symbols) -> ParametricModels:
+def fit_parametric(symbols: Symbols, shift: int) -> ParametricModels:
     """Choose for every channel the class and rotation with the shortest code.
 
-    digits: (T, C) uint8, 0 to 31. Tries rotations that centre the table around the channel's mean.
+    symbols: (T, C) uint8; without their ``shift`` low bits 0 to 31. Tries rotations that centre the
+    table around the channel's mean.
     """
+    counts = native.count_symbols(symbols, ALPHABET, shift=shift)
+    return ParametricModels(*native.fit_classes(counts, _costs_by_value()))
+
+
+def fit_parametric_by_numpy(digits: Symbols) -> ParametricModels:
+    """Do what ``fit_parametric`` does: its twin. digits: (T, C) uint8, 0 to 31."""
     channels = digits.shape[1]
     counts = histogram(digits, ALPHABET)
     columns = np.arange(ALPHABET)
@@ -180,13 +200,14 @@ def encode_matrix(
     shift = digit_shift(levels)
     coded = symbols
     if mode is TableMode.PARAMETRIC:
-        models = fit_parametric(symbols >> np.uint8(shift))
+        models = fit_parametric(symbols, shift)
         coded = rotate(symbols, models.rotations, shift, back=False)
         tables, side = parametric_tables()[0], models.to_bytes()
         index = models.classes.astype(np.uint16)
     else:
         if mode is TableMode.CHUNK:
-            freqs = normalize_counts(histogram(symbols >> np.uint8(shift), alphabet_size(levels)))
+            counts = native.count_symbols(symbols, alphabet_size(levels), shift=shift)
+            freqs = native.normalize_counts(counts, _bits_saved())
             side = freqs.astype("<u2").tobytes()
         else:
             freqs, side = checked_profile(profile_freqs, channels, levels), b""

@@ -13,6 +13,7 @@ from cachegen.chunk import KVChunk
 from cachegen.codec.base import (
     Codec,
     check_one_plane_per_group,
+    each_plane,
     payload_order,
     planes_of,
     quantization_error,
@@ -28,13 +29,13 @@ from cachegen.codec.entropy import (
     parametric_tables,
     rotate,
     stream_steps,
-    unpack,
-    unpack_bytes,
 )
 from cachegen.codec.header import SegmentBody
+from cachegen.codec.plane_source import KINDS
 from cachegen.codec.reader import ObjectReader
 from cachegen.codec.target import Target
 from cachegen.errors import CorruptError
+from cachegen.native.planes import NOTHING
 from cachegen.profile import Profile
 from cachegen.types import Array, ChunkKey
 
@@ -64,21 +65,10 @@ class Int8Codec(Codec):
         return cls(entropy=bool(config.get("entropy", True)))
 
     def encode(self, chunk: KVChunk, *, key: ChunkKey | None = None) -> bytes:
-        coarse: list[SegmentBody] = []
-        fine: list[SegmentBody] = []
-        for group, plane in enumerate(planes_of(chunk)):
-            symbols, scales = native.quantize(plane, LEVELS, per_head=True)
-            error = quantization_error(scales, LEVELS, plane.shape[2])
-            side = scales.tobytes()
-            if not self.entropy:
-                coarse.append(SegmentBody(group, 0, SIDE, side, error))
-                coarse.append(SegmentBody(group, 0, BYTES, symbols.tobytes(), error))
-                continue
-            kind, bits, body, tables, low = _split_digits(symbols)
-            coarse_error = error * 4**LOW_BITS
-            coarse.append(SegmentBody(group, 0, SIDE, side + tables, coarse_error))
-            coarse.append(SegmentBody(group, 0, kind, body, coarse_error, bits))
-            fine.append(SegmentBody(group, 1, PACKED, pack(low, LOW_BITS), error, LOW_BITS))
+        planes = planes_of(chunk)
+        pairs = each_plane(lambda group: self._encode_plane(group, planes[group]), len(planes))
+        coarse = [segment for pair in pairs for segment in pair[0]]
+        fine = [segment for pair in pairs for segment in pair[1]]
         return write_object(
             chunk,
             codec_id=self.codec_id,
@@ -87,6 +77,26 @@ class Int8Codec(Codec):
             segments=payload_order([coarse, fine]),
             key=key,
         )
+
+    def _encode_plane(
+        self, group: int, plane: Array
+    ) -> tuple[list[SegmentBody], list[SegmentBody]]:
+        """Return the segments of pass 0 and of pass 1."""
+        symbols, scales = native.quantize(plane, LEVELS, per_head=True)
+        error = quantization_error(scales, LEVELS, plane.shape[2])
+        side = scales.tobytes()
+        if not self.entropy:
+            return [
+                SegmentBody(group, 0, SIDE, side, error),
+                SegmentBody(group, 0, BYTES, symbols.tobytes(), error),
+            ], []
+        kind, bits, body, tables, low = _split_digits(symbols)
+        coarse_error = error * 4**LOW_BITS
+        coarse = [
+            SegmentBody(group, 0, SIDE, side + tables, coarse_error),
+            SegmentBody(group, 0, kind, body, coarse_error, bits),
+        ]
+        return coarse, [SegmentBody(group, 1, PACKED, pack(low, LOW_BITS), error, LOW_BITS)]
 
     @classmethod
     def decode_into(cls, reader: ObjectReader, target: Target, *, profile: Profile | None) -> None:
@@ -97,25 +107,57 @@ class Int8Codec(Codec):
         entropy = header.params[0] == 1
         if header.passes != 1 + entropy:
             raise CorruptError("passes", got=header.passes, expected=1 + entropy)
+        planes = []
         for group in range(len(header.groups)):
-            with target.writing(group // 2, is_value=group % 2 == 1) as plane:
-                tokens, heads, dim = plane.shape
-                side = reader.side(group, 0)
-                scales = read_scales(side, (tokens, heads), header.geometry.dtype.numpy)
-                shape = (tokens, heads * dim)
-                tables = side[scales.nbytes :]
-                if entropy:
-                    symbols = _join_digits(reader, group, shape, tables)
-                else:
-                    segment, body = reader.segment(group, 0)
-                    check_kind(segment.kind, (BYTES,))
-                    if len(tables):
-                        raise CorruptError(
-                            "side information", got=len(side), expected=scales.nbytes
-                        )
-                    symbols = unpack_bytes(body, shape)
-                _check_range(symbols)
-                native.dequantize(symbols, scales, LEVELS, plane)
+            plane = target.plane(group // 2, is_value=group % 2 == 1)
+            source = _source(reader, group, plane, entropy=entropy)
+            planes.append(native.QuantizedPlane(source.rows, 0, (source,), plane))
+        native.decode_planes(
+            planes,
+            dtype=target.dtype,
+            stored=header.geometry.dtype,
+            shared=parametric_tables()[0],
+        )
+
+
+def _source(
+    reader: ObjectReader, group: int, plane: native.PlaneTarget, *, entropy: bool
+) -> native.MatrixSource:
+    """Return the bytes of a plane. Raises: CorruptError, ChecksumError."""
+    tokens, heads = len(plane.offsets), plane.heads
+    side = reader.side(group, 0)
+    scales = read_scales(side, (tokens, heads), reader.header.geometry.dtype.numpy)
+    tables = side[scales.nbytes :]
+    segment, body = reader.segment(group, 0)
+    check_kind(segment.kind, (RANS, PACKED) if entropy else (BYTES,))
+    models, low = None, NOTHING
+    if segment.kind == RANS:
+        models = ParametricModels.from_bytes(tables, heads * plane.dim)
+    elif len(tables):
+        raise CorruptError("side information", got=len(side), expected=scales.nbytes)
+    if segment.kind == PACKED and segment.bits != HIGH_BITS:
+        raise CorruptError("packed high digits", got=segment.bits, expected=HIGH_BITS)
+    if reader.passes_of(group) > 1:
+        second, packed = reader.segment(group, 1)
+        if second.kind != PACKED or second.bits != LOW_BITS:
+            raise CorruptError("low digits", got=(second.kind, second.bits), expected="3 bits")
+        low = np.frombuffer(packed, np.uint8)
+    return native.MatrixSource(
+        rows=tokens,
+        kind=KINDS[segment.kind],
+        bits=segment.bits,
+        body=np.frombuffer(body, np.uint8),
+        freqs=NOTHING,
+        alphabet=0,
+        classes=models.classes if models else NOTHING,
+        rotations=models.rotations if models else NOTHING,
+        shift=0,
+        low_bits=LOW_BITS if entropy else 0,
+        low=low,
+        levels=LEVELS,
+        scales=np.frombuffer(side[: scales.nbytes], np.uint8),
+        per_head=True,
+    )
 
 
 def pack_params(*, entropy: bool) -> bytes:
@@ -126,7 +168,7 @@ def pack_params(*, entropy: bool) -> bytes:
 def _split_digits(symbols: Symbols) -> tuple[int, int, bytes, bytes, Symbols]:
     """Return kind, bits and body of the high digits, their tables, and the low digits."""
     tokens, channels = symbols.shape
-    models = fit_parametric(symbols >> np.uint8(LOW_BITS))
+    models = fit_parametric(symbols, LOW_BITS)
     rotated = rotate(symbols, models.rotations, LOW_BITS, back=False)
     body = native.encode_segment(
         rotated >> np.uint8(LOW_BITS),
@@ -145,34 +187,3 @@ def _split_digits(symbols: Symbols) -> tuple[int, int, bytes, bytes, Symbols]:
             symbols & np.uint8(7),
         )
     return RANS, 0, body, side, rotated & np.uint8(7)
-
-
-def _join_digits(
-    reader: ObjectReader, group: int, shape: tuple[int, int], tables: memoryview
-) -> Symbols:
-    segment, body = reader.segment(group, 0)
-    check_kind(segment.kind, (RANS, PACKED))
-    if segment.kind == RANS:
-        models = ParametricModels.from_bytes(tables, shape[1])
-        high = native.decode_segment(
-            body, *shape, models.classes.astype(np.uint16), parametric_tables()[0]
-        )
-    elif segment.bits != HIGH_BITS or len(tables):
-        raise CorruptError("packed high digits", got=segment.bits, expected=HIGH_BITS)
-    else:
-        high = unpack(body, HIGH_BITS, shape)
-    low: Array | int = LOW_CENTRE
-    if reader.passes_of(group) > 1:
-        segment, body = reader.segment(group, 1)
-        if segment.kind != PACKED or segment.bits != LOW_BITS:
-            raise CorruptError("low digits", got=(segment.kind, segment.bits), expected="3 bits")
-        low = unpack(body, LOW_BITS, shape)
-    symbols = (high << np.uint8(LOW_BITS)) | np.asarray(low, np.uint8)
-    if reader.segment(group, 0)[0].kind == RANS:
-        return rotate(symbols, models.rotations, LOW_BITS, back=True)
-    return symbols
-
-
-def _check_range(symbols: Symbols) -> None:
-    if symbols.size and int(symbols.max()) > 2 * LEVELS:
-        raise CorruptError("int8 symbol", got=int(symbols.max()), expected=f"0 to {2 * LEVELS}")

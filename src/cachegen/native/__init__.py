@@ -32,6 +32,8 @@ from cachegen.native.fused_encode import (
     EncodeTables,
 )
 from cachegen.native.medians import column_medians
+from cachegen.native.models import count_symbols, fit_classes, normalize_counts
+from cachegen.native.planes import MatrixSource, QuantizedPlane, decode_planes
 from cachegen.native.threads import threads
 
 _BITS = {2: np.uint16, 4: np.uint32}
@@ -184,17 +186,23 @@ __all__ = [
     "EncodeTables",
     "EncodedGroup",
     "GroupSource",
+    "MatrixSource",
     "PlaneTarget",
+    "QuantizedPlane",
     "StreamLayout",
     "Tables",
     "available_isas",
     "column_medians",
+    "count_symbols",
     "decode_groups",
+    "decode_planes",
     "decode_segment",
     "dequantize",
     "encode_segment",
     "finish_plane",
+    "fit_classes",
     "isa",
+    "normalize_counts",
     "quantize",
     "segment_layout",
     "select_isa",

@@ -1,0 +1,126 @@
+// Coding of whole planes as Python sees it. Argument checks are here and in native/planes.py.
+#include <nanobind/stl/string.h>
+
+#include <string>
+#include <vector>
+
+#include "bindings.h"
+#include "channel_models.h"
+#include "format.h"
+#include "plane_decode.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace cachegen {
+namespace {
+
+KVType type_of(const std::string& name) {
+    if (name == "float16") return KVType::Float16;
+    if (name == "bfloat16") return KVType::BFloat16;
+    require(name == "float32", "element type");
+    return KVType::Float32;
+}
+
+// Tuples as native/planes.py makes them; the arrays stay alive as long as this does.
+class PlaneReader {
+public:
+    QuantizedPlane read(const nb::tuple& fields) {
+        QuantizedPlane plane{};
+        plane.tokens = nb::cast<uint64_t>(fields[0]);
+        plane.group_tokens = nb::cast<unsigned>(fields[1]);
+        for (const nb::handle entry : nb::cast<nb::sequence>(fields[2]))
+            plane.passes.push_back(read_pass(nb::cast<nb::tuple>(entry)));
+        const auto to = nb::cast<nb::tuple>(fields[3]);
+        const auto offsets = view<int64_t>(to[1]);
+        require(offsets.size() == plane.tokens, "offsets");
+        plane.target = {reinterpret_cast<std::byte*>(nb::cast<uintptr_t>(to[0])),
+                        offsets.data(), nb::cast<int64_t>(to[2]), nb::cast<uint32_t>(to[3]),
+                        nb::cast<uint32_t>(to[4]), -1, 0, nb::cast<bool>(to[7])};
+        return plane;
+    }
+
+private:
+    MatrixSource read_pass(const nb::tuple& fields) {
+        MatrixSource pass{};
+        pass.rows = nb::cast<uint64_t>(fields[0]);
+        const auto kind = nb::cast<unsigned>(fields[1]);
+        require(kind <= static_cast<unsigned>(MatrixKind::Packed), "kind of a matrix");
+        pass.kind = static_cast<MatrixKind>(kind);
+        pass.bits = nb::cast<unsigned>(fields[2]);
+        require(pass.bits <= 8, "bits of a matrix");
+        pass.body = view<uint8_t>(fields[3]);
+        pass.freqs = view<uint8_t>(fields[4]);
+        pass.alphabet = nb::cast<size_t>(fields[5]);
+        pass.classes = view<uint8_t>(fields[6]);
+        pass.rotations = view<uint8_t>(fields[7]);
+        pass.shift = nb::cast<unsigned>(fields[8]);
+        pass.low_bits = nb::cast<unsigned>(fields[9]);
+        pass.low = view<uint8_t>(fields[10]);
+        pass.levels = nb::cast<unsigned>(fields[11]);
+        pass.scales = view<uint8_t>(fields[12]);
+        pass.per_head = nb::cast<bool>(fields[13]);
+        return pass;
+    }
+
+    template <class T>
+    std::span<const T> view(nb::handle array) {
+        const auto typed = nb::cast<Vector<const T>>(array, /* convert = */ false);
+        kept_.push_back(nb::borrow(array));
+        return {typed.data(), typed.size()};
+    }
+
+    std::vector<nb::object> kept_;
+};
+
+void decode(const std::string& type, const std::string& stored, const Tables& shared,
+            const nb::sequence& planes, size_t threads) {
+    require(threads >= 1, "threads");
+    PlaneDecode work{type_of(type), type_of(stored), shared, threads, {}};
+    PlaneReader reader;
+    for (const nb::handle entry : planes)
+        work.planes.push_back(reader.read(nb::cast<nb::tuple>(entry)));
+    nb::gil_scoped_release release;
+    decode_planes(work);
+}
+
+void count(const Matrix<const uint8_t>& symbols, unsigned shift, const Matrix<uint32_t>& counts) {
+    require(counts.shape(0) == symbols.shape(1) && counts.shape(1) >= 1 && shift <= 7, "counts");
+    nb::gil_scoped_release release;
+    count_symbols({symbols.shape(0), symbols.shape(1), symbols.data()}, shift, counts.shape(1),
+                  counts.data());
+}
+
+void normalize(const Matrix<const uint32_t>& counts, const Vector<const double>& bits_saved,
+               const Matrix<uint16_t>& freqs) {
+    require(bits_saved.size() == kTotal + 1, "bits");
+    require(freqs.shape(0) == counts.shape(0) && freqs.shape(1) == counts.shape(1) &&
+                counts.shape(1) >= 1 && counts.shape(1) <= kMaxAlphabet, "frequencies");
+    nb::gil_scoped_release release;
+    normalize_counts({counts.data(), counts.size()}, counts.shape(1),
+                     {bits_saved.data(), bits_saved.size()}, freqs.data());
+}
+
+void fit(const Matrix<const uint32_t>& counts, const Matrix<const double>& costs,
+         const Vector<uint8_t>& classes, const Vector<uint8_t>& rotations) {
+    const size_t channels = counts.shape(0);
+    require(counts.shape(1) == 32 && costs.shape(0) == 32 && costs.shape(1) >= 1 &&
+                costs.shape(1) <= 128, "costs");
+    require(classes.size() == channels && rotations.size() == channels, "classes");
+    nb::gil_scoped_release release;
+    fit_classes({counts.data(), counts.size()}, {costs.data(), costs.size()}, costs.shape(1),
+                classes.data(), rotations.data());
+}
+
+}  // namespace
+
+void bind_planes(nb::module_& m) {
+    m.def("count_symbols", count, "symbols"_a.noconvert(), "shift"_a, "counts"_a.noconvert());
+    m.def("normalize_counts", normalize, "counts"_a.noconvert(), "bits_saved"_a.noconvert(),
+          "freqs"_a.noconvert());
+    m.def("fit_classes", fit, "counts"_a.noconvert(), "costs"_a.noconvert(),
+          "classes"_a.noconvert(), "rotations"_a.noconvert());
+    m.def("decode_planes", decode, "type"_a, "stored"_a, "shared"_a, "planes"_a, "threads"_a);
+}
+
+}  // namespace cachegen

@@ -1,0 +1,100 @@
+#include "channel_models.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace cachegen {
+namespace {
+
+constexpr size_t kValues = 32;
+constexpr int kCentre = 16;  // of the frozen tables
+constexpr size_t kMostClasses = 128;
+
+// One unit at a time to or from where it saves most or costs least; few rounds, as a floor is less
+// than one unit too low for each value, and what is raised to 1 at most one too high.
+void balance(const uint32_t* counts, size_t alphabet, std::span<const double> bits_saved,
+             uint16_t* freqs) {
+    constexpr double infinity = std::numeric_limits<double>::infinity();
+    while (true) {
+        int sum = 0;
+        for (size_t a = 0; a < alphabet; ++a) sum += freqs[a];
+        const int missing = static_cast<int>(kTotal) - sum;
+        if (missing == 0) return;
+        size_t best = 0;
+        double best_bits = missing > 0 ? -infinity : infinity;
+        for (size_t a = 0; a < alphabet; ++a) {
+            const auto count = static_cast<double>(counts[a]);
+            const unsigned freq = std::max<unsigned>(freqs[a], 1);
+            if (missing > 0) {
+                const double gain = counts[a] ? count * bits_saved[freq] : -infinity;
+                if (gain > best_bits) best = a, best_bits = gain;
+            } else {
+                const double loss = freqs[a] > 1 ? count * bits_saved[freq - 1] : infinity;
+                if (loss < best_bits) best = a, best_bits = loss;
+            }
+        }
+        freqs[best] = static_cast<uint16_t>(freqs[best] + (missing > 0 ? 1 : -1));
+    }
+}
+
+}  // namespace
+
+void count_symbols(const SymbolMatrix& matrix, unsigned shift, size_t alphabet, uint32_t* counts) {
+    std::fill_n(counts, matrix.channels * alphabet, 0u);
+    const SymbolRows& rows = kernels().symbol_rows;
+    for (size_t c = 0; c < matrix.channels; c += kCountedChannels) {
+        const size_t some = std::min(kCountedChannels, matrix.channels - c);
+        for (size_t t = 0; t < matrix.tokens; t += kCountedTokens)
+            rows.count(matrix.symbols + t * matrix.channels + c, matrix.channels,
+                       std::min(kCountedTokens, matrix.tokens - t), some, shift, alphabet,
+                       counts + c * alphabet);
+    }
+}
+
+void normalize_counts(std::span<const uint32_t> counts, size_t alphabet,
+                      std::span<const double> bits_saved, uint16_t* freqs) {
+    for (size_t begin = 0; begin < counts.size(); begin += alphabet, freqs += alphabet) {
+        const uint32_t* const row = &counts[begin];
+        uint64_t total = 0;
+        for (size_t a = 0; a < alphabet; ++a) total += row[a];
+        if (total == 0) {
+            std::fill_n(freqs, alphabet, uint16_t{0});
+            freqs[0] = kTotal;
+            continue;
+        }
+        const double scale = kTotal / static_cast<double>(total);
+        for (size_t a = 0; a < alphabet; ++a)
+            freqs[a] = row[a] ? static_cast<uint16_t>(std::max(row[a] * scale, 1.0)) : uint16_t{0};
+        balance(row, alphabet, bits_saved, freqs);
+    }
+}
+
+void fit_classes(std::span<const uint32_t> counts, std::span<const double> costs, size_t classes,
+                 uint8_t* chosen, uint8_t* rotations) {
+    const SymbolRows& rows = kernels().symbol_rows;
+    for (size_t begin = 0; begin < counts.size(); begin += kValues, ++chosen, ++rotations) {
+        const uint32_t* const row = &counts[begin];
+        uint64_t total = 0, sum = 0;
+        for (size_t v = 0; v < kValues; ++v) total += row[v], sum += v * row[v];
+        const double mean = static_cast<double>(sum) / static_cast<double>(std::max<uint64_t>(total, 1));
+        double best = std::numeric_limits<double>::infinity();
+        for (const int step : {0, -1, 1}) {
+            const auto rotation =
+                static_cast<size_t>(static_cast<int>(std::nearbyint(mean)) + step - kCentre) % kValues;
+            double rotated[kValues], bits[kMostClasses];
+            for (size_t v = 0; v < kValues; ++v) rotated[v] = row[(v + rotation) % kValues];
+            rows.class_bits(rotated, costs.data(), classes, bits);
+            const double* const least = std::min_element(bits, bits + classes);
+            if (*least >= best) continue;
+            best = *least;
+            *chosen = static_cast<uint8_t>(least - bits);
+            *rotations = static_cast<uint8_t>(rotation);
+        }
+    }
+}
+
+}  // namespace cachegen

@@ -1,0 +1,172 @@
+// Rows of symbols between the entropy coder and the quantiser, as plain C++ for the compiler to
+// vectorise; see quantize_rows.h.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "bit_planes.h"
+#include "dispatch.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace cachegen {
+namespace {  // one copy per backend, never merged by the linker
+
+// As wide as a register: of wider ones compilers may make single bytes.
+#if defined(__AVX512BW__)
+using Bytes [[gnu::vector_size(64)]] = uint8_t;
+#elif defined(__AVX2__)
+using Bytes [[gnu::vector_size(32)]] = uint8_t;
+#else
+using Bytes [[gnu::vector_size(16)]] = uint8_t;
+#endif
+
+// A row of a block. Compilers make of it what the instruction set has.
+using LaneBytes [[gnu::vector_size(kLanes)]] = uint8_t;
+
+// Eight bits from bit `at` on; those behind `end` bytes are 0.
+inline uint64_t eight_bits(const uint8_t* bits, uint64_t at, uint64_t end) {
+    uint64_t both = bits[at / 8];
+    if (at % 8 && at / 8 + 1 < end) both |= uint64_t{bits[at / 8 + 1]} << 8;
+    return both >> at % 8;
+}
+
+// Bit i of the planes, joined, for `size` places from bit `at` on.
+inline void join_planes(const PackedRow& from, size_t size, uint8_t* out) {
+    size_t i = 0;
+#if defined(__AVX512BW__)
+    for (; from.at % 8 == 0 && i + 64 <= size; i += 64) {
+        __m512i joined = _mm512_setzero_si512();
+        for (unsigned bit = 0; bit < from.bits; ++bit) {
+            uint64_t lanes;
+            std::memcpy(&lanes, from.planes + bit * from.plane_bytes + (from.at + i) / 8, 8);
+            const __m512i value = _mm512_set1_epi8(static_cast<char>(1 << bit));
+            joined = _mm512_or_si512(joined, _mm512_maskz_mov_epi8(lanes, value));
+        }
+        _mm512_storeu_si512(out + i, joined);
+    }
+#elif defined(__AVX2__)
+    // Every byte gets a copy of the byte with its bit, and keeps that bit.
+    const __m256i spread = _mm256_setr_epi64x(0, kEveryByte, 2 * kEveryByte, 3 * kEveryByte);
+    const __m256i own = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+    for (; from.at % 8 == 0 && i + 32 <= size; i += 32) {
+        __m256i joined = _mm256_setzero_si256();
+        for (unsigned bit = 0; bit < from.bits; ++bit) {
+            int32_t lanes;
+            std::memcpy(&lanes, from.planes + bit * from.plane_bytes + (from.at + i) / 8, 4);
+            const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(lanes), spread);
+            const __m256i found = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, own), own);
+            const __m256i value = _mm256_set1_epi8(static_cast<char>(1 << bit));
+            joined = _mm256_or_si256(joined, _mm256_and_si256(found, value));
+        }
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), joined);
+    }
+#endif
+    for (; i < size; i += 8) {
+        uint64_t bytes = 0;
+        for (unsigned bit = 0; bit < from.bits; ++bit)
+            bytes |= spread_bits(eight_bits(from.planes + bit * from.plane_bytes, from.at + i,
+                                            from.plane_bytes))
+                     << bit;
+        std::memcpy(out + i, &bytes, std::min<size_t>(8, size - i));
+    }
+}
+
+inline unsigned largest_symbol(const uint8_t* symbols, size_t size) {
+    uint8_t largest = 0;
+    for (size_t i = 0; i < size; ++i) largest = std::max(largest, symbols[i]);
+    return largest;
+}
+
+// Digits of a block, of 32 lanes each step: (digit + offset) modulo 32. Returns the largest of the
+// active lanes; idle ones become anything.
+inline unsigned rotate_block(const uint8_t* offsets, size_t steps, unsigned lanes,
+                             uint8_t* __restrict block) {
+    LaneBytes most{};
+    for (size_t step = 0; step < steps; ++step) {
+        LaneBytes row;
+        std::memcpy(&row, block + step * kLanes, kLanes);
+        row = (row + offsets[step]) & 31;
+        std::memcpy(block + step * kLanes, &row, kLanes);
+        most = row > most ? row : most;
+    }
+    uint8_t each[kLanes];
+    std::memcpy(each, &most, kLanes);
+    return *std::max_element(each, each + lanes);
+}
+
+// Puts low digits behind each symbol. Returns the largest.
+inline unsigned add_low_digits(const PackedRow& low, unsigned bits, unsigned centre, size_t size,
+                               uint8_t* __restrict symbols) {
+    alignas(64) uint8_t digits[kBlockSteps];
+    if (low.planes)
+        join_planes(low, size, digits);
+    else
+        std::memset(digits, static_cast<int>(centre), sizeof digits);
+    uint8_t largest = 0;
+    for (size_t i = 0; i < size; ++i) {
+        symbols[i] = static_cast<uint8_t>(symbols[i] << bits | digits[i]);
+        largest = std::max(largest, symbols[i]);
+    }
+    return largest;
+}
+
+// Value by value, so that the counts of a value stay in a register: a byte for each channel.
+inline void count_symbols(const uint8_t* symbols, size_t stride, size_t tokens, size_t channels,
+                          unsigned shift, size_t alphabet, uint32_t* counts) {
+    for (size_t first = 0; first < channels; first += sizeof(Bytes)) {
+        const size_t some = std::min(sizeof(Bytes), channels - first);
+        Bytes rows[kCountedTokens];
+        for (size_t t = 0; t < tokens; ++t) {
+            rows[t] = Bytes{};
+            std::memcpy(&rows[t], symbols + t * stride + first, some);
+            rows[t] >>= shift;
+        }
+        for (size_t value = 0; value < alphabet; ++value) {
+            Bytes sums{};
+            const Bytes wanted = Bytes{} + static_cast<uint8_t>(value);
+            for (size_t t = 0; t < tokens; ++t)
+                sums -= reinterpret_cast<Bytes>(rows[t] == wanted);
+            uint8_t each[sizeof(Bytes)];
+            std::memcpy(each, &sums, sizeof each);
+            for (size_t c = 0; c < some; ++c) counts[(first + c) * alphabet + value] += each[c];
+        }
+    }
+}
+
+inline void class_bits(const double* counts, const double* costs, size_t classes,
+                       double* __restrict bits) {
+    std::fill_n(bits, classes, 0.0);
+    for (size_t value = 0; value < 32; ++value, costs += classes) {
+        const double count = counts[value];
+        if (count == 0) continue;
+        for (size_t c = 0; c < classes; ++c) bits[c] += count * costs[c];
+    }
+}
+
+// Past the caches, where whole lines go: nothing of the old contents is needed.
+inline void stream_row(const std::byte* from, size_t bytes, std::byte* to) {
+    size_t at = 0;
+#if defined(__AVX512BW__)
+    if (reinterpret_cast<uintptr_t>(to) % 64 == 0)
+        for (; at + 64 <= bytes; at += 64)
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at), _mm512_loadu_si512(from + at));
+#elif defined(__AVX2__)
+    if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && bytes % 64 == 0)
+        for (; at < bytes; at += 32)
+            _mm256_stream_si256(
+                reinterpret_cast<__m256i*>(to + at),
+                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at)));
+#endif
+    std::memcpy(to + at, from + at, bytes - at);
+}
+
+constexpr SymbolRows symbol_rows() {
+    return {join_planes,   largest_symbol, rotate_block, add_low_digits,
+            count_symbols, class_bits,     stream_row};
+}
+
+}  // namespace
+}  // namespace cachegen

@@ -1,0 +1,79 @@
+"""Counts, frequencies and classes of channels: equal to NumPy's, on every instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from cachegen import native
+from cachegen.codec import entropy
+from cachegen.errors import GeometryError
+from cachegen.native import _core
+
+
+@pytest.fixture(params=native.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = native.isa()
+    native.select_isa(request.param)
+    yield request.param
+    native.select_isa(before)
+
+
+def symbols_of(tokens: int, channels: int, levels: int) -> np.ndarray:
+    rng = np.random.default_rng(tokens + channels)
+    centre = rng.uniform(0, 2 * levels, channels)
+    spread = rng.uniform(0, levels, channels) * (rng.random(channels) < 0.9)
+    values = np.rint(centre + spread * rng.normal(size=(tokens, channels)))
+    return np.clip(values, 0, 2 * levels).astype(np.uint8)
+
+
+SHAPES = [(0, 5), (1, 1), (70, 63), (255, 64), (256, 65), (600, 130)]
+
+
+@pytest.mark.parametrize("levels", [1, 7, 15, 31, 127])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_counts_and_frequencies(shape: tuple[int, int], levels: int, isa: str) -> None:
+    symbols = symbols_of(*shape, levels)
+    shift, size = entropy.digit_shift(levels), entropy.alphabet_size(levels)
+    counts = native.count_symbols(symbols, size, shift=shift)
+    wanted = entropy.histogram(symbols >> np.uint8(shift), size)
+    np.testing.assert_array_equal(counts, wanted)
+    freqs = native.normalize_counts(counts, entropy._bits_saved())
+    np.testing.assert_array_equal(freqs, entropy.normalize_counts(wanted))
+    assert (freqs.sum(axis=1) == 4096).all()
+
+
+def test_frequencies_of_uneven_counts() -> None:
+    rng = np.random.default_rng(0)
+    rare = rng.integers(0, 3, (200, 31)) * (rng.random((200, 31)) < 0.7)
+    rare[:, 0] += 10 ** rng.integers(0, 7, 200)
+    rare[0] = 0
+    freqs = native.normalize_counts(rare.astype(np.uint32), entropy._bits_saved())
+    np.testing.assert_array_equal(freqs, entropy.normalize_counts(rare))
+
+
+@pytest.mark.parametrize("levels", [15, 60, 127])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_classes(shape: tuple[int, int], levels: int, isa: str) -> None:
+    symbols = symbols_of(*shape, levels)
+    shift = entropy.digit_shift(levels)
+    ours = entropy.fit_parametric(symbols, shift)
+    twin = entropy.fit_parametric_by_numpy(symbols >> np.uint8(shift))
+    np.testing.assert_array_equal(ours.classes, twin.classes)
+    np.testing.assert_array_equal(ours.rotations, twin.rotations)
+
+
+def test_refuses_sizes_that_do_not_fit() -> None:
+    counts = np.zeros((4, 32), np.uint32)
+    costs = np.zeros((32, 129))
+    rows = np.zeros((2, 4), np.uint8)
+    with pytest.raises(GeometryError):
+        native.fit_classes(counts, costs)
+    with pytest.raises(GeometryError):
+        native.normalize_counts(counts, np.zeros(4096))
+    with pytest.raises(GeometryError):
+        _core.count_symbols(rows, 0, np.zeros((5, 32), np.uint32))
+    with pytest.raises(GeometryError):
+        _core.count_symbols(rows, 8, counts)
