@@ -103,16 +103,10 @@ class ProgressiveCodec(Codec):
         uses_profile = self.profile is not None and chunk.is_uniform
         if uses_profile and self.profile is not None:
             basis = load_basis(self.profile, chunk.geometry)
-            if self.profile.meta.get("before_rope") != (chunk.rope is not None):
-                raise ProfileError(
-                    "RoPE of the chunk",
-                    got="known" if chunk.rope else "unknown",
-                    expected="known" if chunk.rope is None else "unknown",
-                    remedy="calibrate on captures of the same kind",
-                )
+            self.check_rope(chunk)
         else:
             basis = plain_basis(chunk)
-        count, relative = self._ladder(basis, uses_profile=uses_profile)
+        count, relative = self.ladder_of(basis)
         sinks = np.arange(max(0, self.sink_tokens - chunk.first_position))
         segments, step, spread = encode_chunk(
             chunk,
@@ -126,7 +120,7 @@ class ProgressiveCodec(Codec):
             chunk,
             codec_id=self.codec_id,
             passes=count,
-            params=_PARAMS.pack(0, 0, 0, step, basis.value_weight, spread, 0.0),
+            params=pack_params(step, basis.value_weight, spread),
             segments=passes.order(segments),
             groups=None if basis.groups == plane_groups(chunk.geometry.layers) else basis.groups,
             rope=chunk.rope,
@@ -134,10 +128,22 @@ class ProgressiveCodec(Codec):
             key=key,
         )
 
-    def _ladder(self, basis: ModelBasis, *, uses_profile: bool) -> tuple[int, float]:
+    def check_rope(self, chunk: KVChunk) -> None:
+        """Raise ProfileError if the profile was made of keys of another kind."""
+        if self.profile is None:
+            return
+        if self.profile.meta.get("before_rope") != (chunk.rope is not None):
+            raise ProfileError(
+                "RoPE of the chunk",
+                got="known" if chunk.rope else "unknown",
+                expected="known" if chunk.rope is None else "unknown",
+                remedy="calibrate on captures of the same kind",
+            )
+
+    def ladder_of(self, basis: ModelBasis) -> tuple[int, float]:
         """Return the number of passes and the relative finest step."""
         passes_, step = PLAIN_LADDER
-        if uses_profile:
+        if basis.bases[0] is not None:
             measured = basis.is_measured
             passes_, step = MEASURED_LADDER if measured else PROFILE_LADDER
         return self.passes or passes_, step if self.step is None else self.step
@@ -159,6 +165,11 @@ class ProgressiveCodec(Codec):
         entry = header.groups[group]
         begin, end = header.ranges[entry.layer]
         return end - begin, channels_of(header, entry), 0
+
+
+def pack_params(step: float, value_weight: float, spread: float) -> bytes:
+    """Return the parameters of an object; spread: what the finest step is relative to."""
+    return _PARAMS.pack(0, 0, 0, step, value_weight, spread, 0.0)
 
 
 def unpack_params(header: Header) -> tuple[float, float]:
