@@ -126,7 +126,8 @@ void decode_block(std::span<Strand*> strands, const Coders& coders) {
 void decode_groups(const FusedDecode& work) {
     require(work.coarse.count() == kFamilies * kTableRows && work.coarse.buckets() == 32 &&
                 work.refine.count() == 2 * kFamilies * kTableRows &&
-                work.refine.alphabet() <= 3 && !work.refine.any_escape(),
+                work.refine.alphabet() <= 3 && !work.refine.any_escape() &&
+                !work.coarse.any_certain() && !work.refine.any_certain(),
             "tables", "others", "those of the ladder");
     const Kernels& kernel = kernels();
     RopeCache ropes(work.ropes, kernel.angle_lanes);

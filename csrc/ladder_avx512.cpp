@@ -18,14 +18,10 @@ inline __m512i words(int value) { return _mm512_set1_epi16(static_cast<short>(va
 
 // ---- Words to values ---------------------------------------------------------------------------
 
-alignas(64) constexpr int16_t kCoarseValues[32] = {
-    0,  -1, 1,  -2, 2,  -3,  3,  -4,  4,  -5,  5,  -6,  6,  -7,  7,  -8,
-    8,  -9, 9, -10, 10, -11, 11, -12, 12, -13, 13, -14, 14, -15, 15, -16};
-
 struct CoarseCoder {
     using Table = CoarseTable;
 
-    explicit CoarseCoder(const DecodeRun& run) : values(run.values), escaped(run.escaped) {}
+    explicit CoarseCoder(const DecodeRun& run) : values(run.values) {}
 
     [[gnu::always_inline]] size_t step(Avx512States::Lanes& x, Avx512States::Active active,
                                        const Table* tables, size_t model, const uint8_t* from,
@@ -38,19 +34,27 @@ struct CoarseCoder {
         // The own part of a bucket has the bucket's number as its symbol.
         const __m512i symbol =
             _mm512_mask_permutexvar_epi16(bucket, is_other, bucket, load(table.other));
-        const __m512i freq = _mm512_permutexvar_epi16(symbol, load(table.freq));
+        const __m512i freq16 = _mm512_permutexvar_epi16(symbol, load(table.freq16));
         const __m512i bias = _mm512_mask_permutexvar_epi16(
             _mm512_permutexvar_epi16(bucket, load(table.own_bias)), is_other, bucket,
             load(table.other_bias));
-        _mm512_store_si512(values + step * kLanes,
-                           _mm512_permutexvar_epi16(symbol, load(kCoarseValues)));
-        escaped[step] = _mm512_cmpeq_epi16_mask(symbol, load(table.escape));
-        return Avx512States::advance(x, active, slot, freq, bias, from);
+        const __m512i value = _mm512_permutexvar_epi16(symbol, load(table.value));
+        _mm512_store_si512(values + step * kLanes, value);
+        largest = _mm512_max_epi16(largest, value);
+        return Avx512States::advance16(x, active, slot, freq16, bias, from);
     }
-    void finish(DecodeRun&) const {}
+
+    // Escapes are rare: they are looked for where the largest value says that there are any.
+    void finish(DecodeRun& run, size_t steps) const {
+        const __m512i escape = words(kEscapedValue);
+        run.any_escaped = _mm512_cmpeq_epi16_mask(largest, escape) != 0;
+        if (!run.any_escaped) return;
+        for (size_t step = 0; step < steps; ++step)
+            run.escaped[step] = _mm512_cmpeq_epi16_mask(load(values + step * kLanes), escape);
+    }
 
     int16_t* values;
-    uint32_t* escaped;
+    __m512i largest = words(INT16_MIN);
 };
 
 // kLate: some values may have become significant in an earlier refinement.
@@ -76,7 +80,7 @@ struct RefineCoder {
         const __mmask32 is_other = _mm512_cmpge_epu16_mask(
             slot, _mm512_permutexvar_epi16(index, load(table.threshold)));
         const __m512i part = _mm512_mask_add_epi16(index, is_other, index, words(16));
-        const __m512i freq = _mm512_permutexvar_epi16(part, load(table.freq));
+        const __m512i freq16 = _mm512_permutexvar_epi16(part, load(table.freq16));
         const __m512i bias = _mm512_permutexvar_epi16(part, load(table.bias));
         __m512i change = _mm512_permutexvar_epi16(part, load(table.change));
         if constexpr (kLate) {
@@ -86,9 +90,9 @@ struct RefineCoder {
             change = _mm512_mask_add_epi16(change, late, change, change);
         }
         _mm512_store_si512(at, _mm512_add_epi16(_mm512_mullo_epi16(value, words(3)), change));
-        return Avx512States::advance(x, active, slot, freq, bias, from);
+        return Avx512States::advance16(x, active, slot, freq16, bias, from);
     }
-    void finish(DecodeRun&) const {}
+    void finish(DecodeRun&, size_t) const {}
 
     int16_t* values;
     __m512i late_limit;

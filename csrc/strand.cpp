@@ -81,12 +81,14 @@ void Strand::end_pass(unsigned j, size_t steps) {
     else
         read_plain(j, steps);
     if (j == 0) {
+        bool any_escaped = is_rans;
         if (!is_rans || !kernel_.decode_coarse) {
             kernel_.coarse_values(block_.bytes, steps, values());
-            kernel_.find_bytes(block_.bytes, group_->escapes.data() + channel(), steps,
-                               escaped_);
+            kernel_.find_bytes(block_.bytes, group_->escapes.data() + channel(), steps, escaped_);
+        } else {
+            any_escaped = cursor.reader().run.any_escaped;
         }
-        if (is_rans) add_escapes(steps);
+        if (any_escaped) add_escapes(steps);
     } else if (!is_rans || !kernel_.decode_refine) {
         kernel_.refine_values(block_.bytes, power_of_three(j - 1), steps, values());
     }
