@@ -141,9 +141,10 @@ void decode_groups(const FusedDecode& work) {
     for (const FusedGroup& group : work.groups) values += group.tokens * group.channels;
     run_crew(std::min<uint64_t>(work.threads, values / kValuesPerThread + 1), [&](size_t) {
         ItemQueue::Hand hand;
+        Scratch scratch;
         std::vector<std::unique_ptr<Strand>> strands;
         for (size_t i = 0; i < kGroupStreams; ++i)
-            strands.push_back(std::make_unique<Strand>(work, ropes, kernel));
+            strands.push_back(std::make_unique<Strand>(work, ropes, kernel, scratch));
         try {
             while (true) {
                 std::array<Strand*, kGroupStreams> busy;
@@ -151,13 +152,15 @@ void decode_groups(const FusedDecode& work) {
                 for (const auto& strand : strands)
                     if (!strand->is_idle() || queue.start_next(*strand, hand))
                         busy[count++] = strand.get();
-                if (!count) return;
+                if (!count) break;
                 decode_block(std::span(busy).first(count), coders);
             }
         } catch (...) {
             queue.stop();
             throw;
         }
+        // Rows went past the caches: they are in memory before anybody hears that they are done.
+        std::atomic_thread_fence(std::memory_order_seq_cst);
     });
 }
 

@@ -41,6 +41,15 @@ void PassCursor::open_next() {
     ++next_;
 }
 
+void* Scratch::reserve(uint32_t size, KVType type) {
+    if (size > room_) {
+        const size_t lines = type == KVType::Float32 ? 2 : 1;  // of a row of elements
+        lines_ = std::make_unique<CacheLine[]>(lines * ((size_t{size} + 63) / 64 * 64));
+        room_ = size;
+    }
+    return lines_.get();
+}
+
 // ---- Strand ------------------------------------------------------------------------------------
 
 void Strand::start(std::shared_ptr<const PreparedGroup> group, size_t item) {
@@ -115,8 +124,6 @@ void Strand::begin_unit() {
     if (unit_.size <= room_) return;
     room_ = unit_.size;
     values_ = std::make_unique<CacheLine[]>(room_);
-    const size_t lines = work_.type == KVType::Float32 ? 2 : 1;  // of a row of elements
-    scratch_ = std::make_unique<CacheLine[]>(lines * ((size_t{room_} + 31) / 32 * 32));
 }
 
 void Strand::add_escapes(size_t steps) {
@@ -192,7 +199,7 @@ void Strand::finish() {
     job.values = row(0);
     if (turns(work_, plane)) add_rope(plane, job);
     job.rows = rows.data();
-    job.scratch = scratch_.get();
+    job.scratch = scratch_.reserve(unit_.size, work_.type);
     kernel_.finish_unit[static_cast<size_t>(work_.type)](job);
 }
 

@@ -38,11 +38,23 @@ private:
     StreamReader reader_;
 };
 
+// Memory for the elements of one head, UnitJob::scratch. All strands of a thread share it, so that
+// it stays in the first-level cache.
+class Scratch {
+public:
+    // Room for `size` rows of kLanes elements, of the type that is the target's.
+    void* reserve(uint32_t size, KVType type);
+
+private:
+    uint32_t room_ = 0;
+    std::unique_ptr<CacheLine[]> lines_;
+};
+
 // One item at a time: a run of steps of one group through all its passes.
 class Strand {
 public:
-    Strand(const FusedDecode& work, const RopeCache& ropes, const Kernels& kernel)
-        : work_(work), ropes_(ropes), kernel_(kernel) {}
+    Strand(const FusedDecode& work, const RopeCache& ropes, const Kernels& kernel, Scratch& scratch)
+        : work_(work), ropes_(ropes), kernel_(kernel), scratch_(scratch) {}
 
     void start(std::shared_ptr<const PreparedGroup> group, size_t item);
 
@@ -74,6 +86,7 @@ private:
     const FusedDecode& work_;
     const RopeCache& ropes_;
     const Kernels& kernel_;
+    Scratch& scratch_;
     std::shared_ptr<const PreparedGroup> group_;
     std::array<PassCursor, kMaxPasses> cursors_;
     uint64_t step_ = 0, end_ = 0, place_ = 0;
@@ -82,7 +95,6 @@ private:
     uint32_t done_ = 0;  // steps of the unit decoded so far
     uint32_t room_ = 0;  // largest unit so far
     std::unique_ptr<CacheLine[]> values_;  // a row of kLanes values each
-    std::unique_ptr<CacheLine[]> scratch_;
     uint64_t rows_place_ = UINT64_MAX;
     uint32_t rows_plane_ = 0;
     std::array<std::byte*, kLanes> rows_;
