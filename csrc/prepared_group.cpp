@@ -48,7 +48,7 @@ UnitJob PreparedGroup::job_of(const Unit& unit) const {
     job.early_offset = early_offset.data() + unit.begin;
     job.late_offset = late_offset.data() + unit.begin;
     job.mean = mean.data() + unit.begin;
-    if (!lookup.empty()) job.lookup = lookup.data() + unit.lookup;
+    if (lookup) job.lookup = lookup.get() + unit.lookup;
     return job;
 }
 
@@ -146,12 +146,12 @@ void PreparedGroup::fill_lookup(const FusedDecode& work, const Kernels& kernel) 
         unit.lookup = lines;
         lines += size_t{unit.size} * kLanes * (wide ? 4 : 2) / sizeof(CacheLine);
     }
-    std::vector<CacheLine> rows(lines);
+    auto rows = std::make_unique_for_overwrite<CacheLine[]>(lines);
     for (const Unit& unit : units) {
         UnitJob job = job_of(unit);
         // Only whether there is RoPE matters: the rows are floats then.
         if (turns(work, group.planes[unit.plane])) job.cos = job.mean;
-        fill(job, rows.data() + unit.lookup);
+        fill(job, rows.get() + unit.lookup);
     }
     lookup = std::move(rows);
 }

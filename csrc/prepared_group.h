@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -32,7 +33,7 @@ struct PreparedGroup {
     std::vector<std::vector<uint16_t>> models;       // of every pass, one per channel
     std::vector<uint8_t> escapes;                    // of pass 0, one per channel
     std::vector<float> early_offset, late_offset, mean;
-    std::vector<CacheLine> lookup;  // UnitJob::lookup of all units, or nothing
+    std::unique_ptr<CacheLine[]> lookup;  // UnitJob::lookup of all units, or null
     std::vector<bool> is_exempt;  // by token, or empty
     std::vector<Unit> units;
     std::vector<uint32_t> unit_of;     // by channel
