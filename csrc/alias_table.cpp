@@ -183,6 +183,7 @@ Tables::Tables(std::span<const uint16_t> freqs, std::span<const uint8_t> escapes
         check_model(freqs.subspan(n * alphabet, alphabet), escapes_[n], n);
         any_escape_ |= escapes_[n] != kNoEscape;
     }
+    any_certain_ = std::find(freqs_.begin(), freqs_.end(), kTotal) != freqs_.end();
 }
 
 const AliasTable* Tables::alias(unsigned buckets) const {
@@ -216,8 +217,10 @@ const CoarseTable* Tables::coarse() const {
                 all[n].other[b] = tables[n].symbol[b + 32];
                 all[n].own_bias[b] = tables[n].bias[b];
                 all[n].other_bias[b] = tables[n].bias[b + 32];
-                all[n].freq[b] = tables[n].freq[b];
-                all[n].escape[b] = escapes_[n];
+                all[n].freq16[b] = static_cast<uint16_t>(16 * tables[n].freq[b]);
+                const int magnitude = static_cast<int>(b + 1) / 2;
+                all[n].value[b] = b == escapes_[n] ? kEscapedValue
+                                                   : static_cast<int16_t>(b % 2 ? -magnitude : magnitude);
             }
         }
         coarse_ = std::move(all);
@@ -237,7 +240,7 @@ const RefineTable* Tables::refine() const {
                     const bool is_other = part >= kContextBuckets;
                     const auto at = (static_cast<unsigned>(4 * sign) + bucket + 16 * is_other) % 32;
                     if (!is_other) all[n].threshold[at] = from.threshold[bucket];
-                    all[n].freq[at] = from.freq[part];
+                    all[n].freq16[at] = static_cast<uint16_t>(16 * from.freq[part]);
                     all[n].bias[at] = from.bias[part];
                     const int digit = from.symbol[part];
                     all[n].change[at] =

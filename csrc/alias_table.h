@@ -45,19 +45,21 @@ static_assert(sizeof(InverseTable) == 512);
 inline constexpr double kReciprocalFactor = 1 - 0x1p-22;
 
 // The tables of `progressive` once more for its fused decoders, as whole registers (see
-// docs/fused-decode.md). Pass 0, K = 32:
+// docs/fused-decode.md). No frequency is 4096, so 16 times one fits 16 bits. Pass 0, K = 32:
 struct alignas(64) CoarseTable {
     uint16_t threshold[32];   // T[b]
     uint16_t other[32];       // symbol of the other part; the own part of bucket b has symbol b
-    uint16_t freq[32];        // by symbol
+    uint16_t freq16[32];      // 16 F, by symbol
     uint16_t own_bias[32];    // B of the own parts
     uint16_t other_bias[32];  // B of the others
-    uint16_t escape[32];      // the escape index, over and over
+    int16_t value[32];        // by symbol: 0, -1, 1, -2, ...; kEscapedValue for the escape index
 };
+// Larger than any value of pass 0.
+inline constexpr int16_t kEscapedValue = 0x4000;
 // A later pass, both contexts: bucket b of a value that is zero, positive or negative so far is
 // entry b, 4 + b or 28 + b (that is, b - 4), its other part 16 entries on, modulo 32.
 struct alignas(64) RefineTable {
-    uint16_t threshold[32], freq[32], bias[32];
+    uint16_t threshold[32], freq16[32], bias[32];
     uint16_t change[32];  // what the digit adds to three times the value, modulo 2^16
 };
 
@@ -81,6 +83,7 @@ public:
     size_t count() const { return escapes_.size(); }
     size_t alphabet() const { return alphabet_; }
     bool any_escape() const { return any_escape_; }
+    bool any_certain() const { return any_certain_; }  // a frequency of 4096
     uint8_t escape(size_t model) const { return escapes_[model]; }
 
     // K of a segment without contexts; with them it is kContextBuckets.
@@ -92,7 +95,7 @@ public:
     const InverseTable* inverse(unsigned buckets) const;
 
     // For the fused decoders, if this is the table set of pass 0 (K = 32, all with an escape
-    // index) or of later passes (pairs of models with 3 symbols).
+    // index) or of later passes (pairs of models with 3 symbols), and not any_certain().
     const CoarseTable* coarse() const;
     const RefineTable* refine() const;
 
@@ -107,7 +110,7 @@ private:
     }
 
     size_t alphabet_;
-    bool any_escape_ = false;
+    bool any_escape_ = false, any_certain_ = false;
     std::vector<uint16_t> freqs_;  // rows of alphabet_
     std::vector<uint8_t> escapes_;
     mutable Built plain_, with_contexts_;

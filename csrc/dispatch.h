@@ -31,7 +31,9 @@ struct DecodeRun {
     const uint8_t* contexts;  // a block, each 0 or 1, or null; with them K = 4
     uint8_t* symbols;         // a block; idle lanes hold anything afterwards
     int16_t* values;          // a block of values instead, for decode_coarse and decode_refine
-    uint32_t* escaped;        // written by decode_coarse, one per step: lanes with the escape index
+    uint32_t* escaped;        // written by decode_coarse if any_escaped, one per step: lanes with
+                              // the escape index, whose values are void
+    bool any_escaped;         // set by decode_coarse; idle lanes count too
     int late_below;           // for decode_refine itself
     unsigned lanes;           // active ones, 1 to 32
     bool starved;             // set by the kernel when a word was missing

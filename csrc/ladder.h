@@ -44,7 +44,7 @@ struct UnitJob {
     bool interleaved;        // pairs are neighbours, else `half` rows apart
     const void* lookup;      // one row per row of values, or null; see kLookup
     std::byte* const* rows;  // where the head of each lane's token goes; null: nowhere
-    void* scratch;           // size rounded up to 32 rows of kLanes elements, aligned to 64 bytes
+    void* scratch;           // size rounded up to 64 rows of kLanes elements, aligned to 64 bytes
 };
 
 // Rows of floats, one per token, to their destination: (row + mean) * factor, RoPE, rounding.

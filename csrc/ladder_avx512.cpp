@@ -18,14 +18,10 @@ inline __m512i words(int value) { return _mm512_set1_epi16(static_cast<short>(va
 
 // ---- Words to values ---------------------------------------------------------------------------
 
-alignas(64) constexpr int16_t kCoarseValues[32] = {
-    0,  -1, 1,  -2, 2,  -3,  3,  -4,  4,  -5,  5,  -6,  6,  -7,  7,  -8,
-    8,  -9, 9, -10, 10, -11, 11, -12, 12, -13, 13, -14, 14, -15, 15, -16};
-
 struct CoarseCoder {
     using Table = CoarseTable;
 
-    explicit CoarseCoder(const DecodeRun& run) : values(run.values), escaped(run.escaped) {}
+    explicit CoarseCoder(const DecodeRun& run) : values(run.values) {}
 
     [[gnu::always_inline]] size_t step(Avx512States::Lanes& x, Avx512States::Active active,
                                        const Table* tables, size_t model, const uint8_t* from,
@@ -38,19 +34,27 @@ struct CoarseCoder {
         // The own part of a bucket has the bucket's number as its symbol.
         const __m512i symbol =
             _mm512_mask_permutexvar_epi16(bucket, is_other, bucket, load(table.other));
-        const __m512i freq = _mm512_permutexvar_epi16(symbol, load(table.freq));
+        const __m512i freq16 = _mm512_permutexvar_epi16(symbol, load(table.freq16));
         const __m512i bias = _mm512_mask_permutexvar_epi16(
             _mm512_permutexvar_epi16(bucket, load(table.own_bias)), is_other, bucket,
             load(table.other_bias));
-        _mm512_store_si512(values + step * kLanes,
-                           _mm512_permutexvar_epi16(symbol, load(kCoarseValues)));
-        escaped[step] = _mm512_cmpeq_epi16_mask(symbol, load(table.escape));
-        return Avx512States::advance(x, active, slot, freq, bias, from);
+        const __m512i value = _mm512_permutexvar_epi16(symbol, load(table.value));
+        _mm512_store_si512(values + step * kLanes, value);
+        largest = _mm512_max_epi16(largest, value);
+        return Avx512States::advance16(x, active, slot, freq16, bias, from);
     }
-    void finish(DecodeRun&) const {}
+
+    // Escapes are rare: they are looked for where the largest value says that there are any.
+    void finish(DecodeRun& run, size_t steps) const {
+        const __m512i escape = words(kEscapedValue);
+        run.any_escaped = _mm512_cmpeq_epi16_mask(largest, escape) != 0;
+        if (!run.any_escaped) return;
+        for (size_t step = 0; step < steps; ++step)
+            run.escaped[step] = _mm512_cmpeq_epi16_mask(load(values + step * kLanes), escape);
+    }
 
     int16_t* values;
-    uint32_t* escaped;
+    __m512i largest = words(INT16_MIN);
 };
 
 // kLate: some values may have become significant in an earlier refinement.
@@ -76,7 +80,7 @@ struct RefineCoder {
         const __mmask32 is_other = _mm512_cmpge_epu16_mask(
             slot, _mm512_permutexvar_epi16(index, load(table.threshold)));
         const __m512i part = _mm512_mask_add_epi16(index, is_other, index, words(16));
-        const __m512i freq = _mm512_permutexvar_epi16(part, load(table.freq));
+        const __m512i freq16 = _mm512_permutexvar_epi16(part, load(table.freq16));
         const __m512i bias = _mm512_permutexvar_epi16(part, load(table.bias));
         __m512i change = _mm512_permutexvar_epi16(part, load(table.change));
         if constexpr (kLate) {
@@ -86,9 +90,9 @@ struct RefineCoder {
             change = _mm512_mask_add_epi16(change, late, change, change);
         }
         _mm512_store_si512(at, _mm512_add_epi16(_mm512_mullo_epi16(value, words(3)), change));
-        return Avx512States::advance(x, active, slot, freq, bias, from);
+        return Avx512States::advance16(x, active, slot, freq16, bias, from);
     }
-    void finish(DecodeRun&) const {}
+    void finish(DecodeRun&, size_t) const {}
 
     int16_t* values;
     __m512i late_limit;
@@ -139,11 +143,15 @@ inline Floats floats_of(const UnitJob& job, size_t row) {
 
 // ---- Floats to elements ------------------------------------------------------------------------
 
-// Bits whose upper half is the bfloat16, rounded to nearest even.
-inline __m512i round_up_half(__m512 value) {
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
+// 32 bfloat16 in lane order, rounded to nearest even: one is added to the upper half of the bits
+// where the lower one, with 0x7fff and the last bit of the upper one, carries.
+inline __m512i to_bfloat16(__m512 even, __m512 odd) {
+    const __m512i e = _mm512_castps_si512(even), o = _mm512_castps_si512(odd);
+    const __m512i upper = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(e, 16), o);
+    const __m512i lower = _mm512_mask_blend_epi16(0xaaaaaaaa, e, _mm512_slli_epi32(o, 16));
+    // (upper & 1) | 0x7ffe; the average adds another 1 and halves the sum of 17 bits.
+    const __m512i added = _mm512_ternarylogic_epi32(upper, words(1), words(0x7ffe), 0xea);
+    return _mm512_add_epi16(upper, _mm512_srli_epi16(_mm512_avg_epu16(lower, added), 15));
 }
 
 inline __m256i to_half(__m512 value) {
@@ -156,9 +164,7 @@ inline __m256i to_half(__m512 value) {
 // 32 elements of 16 bits in lane order.
 template <KVType kType>
 inline __m512i narrow(const Floats& row) {
-    if constexpr (kType == KVType::BFloat16)
-        return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(round_up_half(row.even), 16),
-                                       round_up_half(row.odd));
+    if constexpr (kType == KVType::BFloat16) return to_bfloat16(row.even, row.odd);
     return _mm512_or_si512(
         _mm512_cvtepu16_epi32(to_half(row.even)),
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(to_half(row.odd)), 16));
@@ -225,8 +231,9 @@ void convert_rows(const UnitJob& job) {
     }
 }
 
-// 32 rows of 32 lanes to a cache line for each lane.
-void store_tile(const uint16_t* from, size_t offset, size_t count, std::byte* const* rows) {
+// A cache line for each lane from 32 rows of 32 lanes; hands every one to `put(lane, line)`.
+template <class Put>
+[[gnu::always_inline]] inline void turn_tile(const uint16_t* from, const Put& put) {
     // tile[g][i], quarter q: lane 8 q + i of the rows 8 g to 8 g + 7.
     __m512i tile[4][8];
 #pragma GCC unroll 4
@@ -235,7 +242,6 @@ void store_tile(const uint16_t* from, size_t offset, size_t count, std::byte* co
         for (size_t i = 0; i < 8; ++i) tile[g][i] = load(from + (8 * g + i) * kLanes);
         transpose_8x8(tile[g]);
     }
-    const uint32_t kept = count >= 32 ? ~uint32_t{0} : (uint32_t{1} << count) - 1;
 #pragma GCC unroll 8
     for (size_t i = 0; i < 8; ++i) {
         // A 4 x 4 transposition of quarters.
@@ -243,21 +249,45 @@ void store_tile(const uint16_t* from, size_t offset, size_t count, std::byte* co
         const __m512i low23 = _mm512_shuffle_i32x4(tile[2][i], tile[3][i], 0x44);
         const __m512i high01 = _mm512_shuffle_i32x4(tile[0][i], tile[1][i], 0xee);
         const __m512i high23 = _mm512_shuffle_i32x4(tile[2][i], tile[3][i], 0xee);
-        const __m512i lines[4] = {_mm512_shuffle_i32x4(low01, low23, 0x88),
-                                  _mm512_shuffle_i32x4(low01, low23, 0xdd),
-                                  _mm512_shuffle_i32x4(high01, high23, 0x88),
-                                  _mm512_shuffle_i32x4(high01, high23, 0xdd)};
-#pragma GCC unroll 4
-        for (size_t q = 0; q < 4; ++q)
-            if (std::byte* const row = rows[8 * q + i]) {
-                std::byte* const to = row + offset;
-                // Whole lines go past the caches: nothing of what was there is needed.
-                if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && kept == ~uint32_t{0})
-                    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), lines[q]);
-                else
-                    _mm512_mask_storeu_epi16(to, kept, lines[q]);
-            }
+        put(i, _mm512_shuffle_i32x4(low01, low23, 0x88));
+        put(8 + i, _mm512_shuffle_i32x4(low01, low23, 0xdd));
+        put(16 + i, _mm512_shuffle_i32x4(high01, high23, 0x88));
+        put(24 + i, _mm512_shuffle_i32x4(high01, high23, 0xdd));
     }
+}
+
+// 64 rows to two lines for each lane, written one after the other: memory takes neighbours in half
+// the time. They go past the caches, as nothing of what was there is needed.
+void store_two_tiles(const uint16_t* from, size_t offset, std::byte* const* rows) {
+    alignas(64) uint16_t first[kLanes][32];
+    turn_tile(from, [&](size_t lane, __m512i line) { _mm512_store_si512(first[lane], line); });
+    turn_tile(from + 32 * kLanes, [&](size_t lane, __m512i line) {
+        if (!rows[lane]) return;
+        auto* const to = reinterpret_cast<__m512i*>(rows[lane] + offset);
+        _mm512_stream_si512(to, load(first[lane]));
+        _mm512_stream_si512(to + 1, line);
+    });
+}
+
+// Up to 32 rows, or rows of any alignment.
+void store_tile(const uint16_t* from, size_t offset, size_t count, std::byte* const* rows) {
+    const uint32_t kept = count >= 32 ? ~uint32_t{0} : (uint32_t{1} << count) - 1;
+    turn_tile(from, [&](size_t lane, __m512i line) {
+        if (rows[lane]) _mm512_mask_storeu_epi16(rows[lane] + offset, kept, line);
+    });
+}
+
+void store_elements(const UnitJob& job) {
+    const auto* const from = static_cast<const uint16_t*>(job.scratch);
+    uintptr_t places = 0;
+    for (unsigned lane = 0; lane < kLanes; ++lane)
+        places |= reinterpret_cast<uintptr_t>(job.rows[lane]);
+    size_t begin = 0;
+    if (places % 64 == 0)
+        for (; begin + 64 <= job.size; begin += 64)
+            store_two_tiles(from + begin * kLanes, begin * sizeof(uint16_t), job.rows);
+    for (; begin < job.size; begin += 32)
+        store_tile(from + begin * kLanes, begin * sizeof(uint16_t), job.size - begin, job.rows);
 }
 
 void store_floats(const UnitJob& job) {
@@ -302,9 +332,7 @@ template <KVType kType>
 void finish_unit_avx512(const UnitJob& job) {
     convert_rows<kType>(job);
     if constexpr (kType == KVType::Float32) return store_floats(job);
-    const auto* const from = static_cast<const uint16_t*>(job.scratch);
-    for (size_t begin = 0; begin < job.size; begin += 32)
-        store_tile(from + begin * kLanes, begin * sizeof(uint16_t), job.size - begin, job.rows);
+    store_elements(job);
 }
 
 template void finish_unit_avx512<KVType::Float16>(const UnitJob&);

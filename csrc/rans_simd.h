@@ -8,7 +8,7 @@
 //     Table                                 what the models are
 //     Coder(const DecodeRun&)
 //     size_t step(Lanes&, Active, const Table*, model, words, step)
-//     void finish(DecodeRun&)
+//     void finish(DecodeRun&, steps)
 // `step` decodes one symbol in each lane and returns how many words it took; it may read, but not
 // use, kStepBytes from `words` on.
 #pragma once
@@ -87,7 +87,7 @@ void decode_side_by_side(const typename Coder::Table* tables, DecodeRun* const* 
         Isa::store(lanes[i], state);
         std::memcpy(runs[i]->state, state, sizeof state[0] * runs[i]->lanes);
         runs[i]->words = words[i];
-        coder[i].finish(*runs[i]);
+        coder[i].finish(*runs[i], steps);
     }
 }
 
@@ -115,7 +115,7 @@ struct AliasCoder {
         return Isa::template decode_step<K>(x, active, tables + model, context, words,
                                             symbols + step * kLanes);
     }
-    void finish(DecodeRun&) const {}
+    void finish(DecodeRun&, size_t) const {}
 
     const uint8_t* contexts;
     uint8_t* symbols;

@@ -56,7 +56,29 @@ struct Avx512States {
         const __mmask32 carry = _mm512_cmplt_epu16_mask(low, rank);
         const __m512i high = _mm512_mask_add_epi16(product_high, carry, product_high,
                                                    _mm512_set1_epi16(1));
+        return refill(x, active, high, low, words);
+    }
 
+    // The same with 16 times the frequency, which is below 4096: one instruction less.
+    [[gnu::always_inline]] static size_t advance16(Lanes& x, Active active, __m512i slot,
+                                                   __m512i freq16, __m512i bias,
+                                                   const uint8_t* words) {
+        // x = freq16 * high + freq * (low >> 12) + rank. The second product is the upper half of
+        // freq16 * (low & 0xf000); with the rank, which is below freq, it has 16 bits.
+        const __m512i top = _mm512_and_si512(x.low, _mm512_set1_epi16(-int{kTotal}));
+        const __m512i added = _mm512_add_epi16(_mm512_mulhi_epu16(freq16, top),
+                                               _mm512_add_epi16(slot, bias));
+        const __m512i low = _mm512_add_epi16(_mm512_mullo_epi16(freq16, x.high), added);
+        const __mmask32 carry = _mm512_cmplt_epu16_mask(low, added);
+        const __m512i product_high = _mm512_mulhi_epu16(freq16, x.high);
+        const __m512i high = _mm512_mask_add_epi16(product_high, carry, product_high,
+                                                   _mm512_set1_epi16(1));
+        return refill(x, active, high, low, words);
+    }
+
+private:
+    [[gnu::always_inline]] static size_t refill(Lanes& x, Active active, __m512i high, __m512i low,
+                                                const uint8_t* words) {
         // Where the high half is 0, the low one moves up and the next word takes its place.
         const __mmask32 hungry = _mm512_mask_testn_epi16_mask(active, high, high);
         x.high = _mm512_mask_mov_epi16(high, hungry, low);

@@ -321,5 +321,6 @@ def test_a_basis_of_single_heads_is_used_head_by_head() -> None:
     values = rng.normal(size=(128, 224)).astype(np.float32)
     used = (rng.random(128) < 0.6).astype(np.uint8)
     values[used == 0] = 0
-    ours = fused_profile._per_head(values, used, heads, 2, 4)
+    ours = np.empty((224, 64), np.float32)
+    fused_profile._per_head(values, used, heads, 2, ours)
     np.testing.assert_allclose(ours, (values.T @ blocks.T)[:, 32:96], atol=1e-4)

@@ -8,6 +8,7 @@ neighbouring layers into uncorrelated components. ``codec.fit`` makes such a pro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,11 +41,12 @@ EARLY_WEIGHT = 16.0
 OUTLIER_NORM = 3.0
 
 
-def planes_of_group(group: Group) -> list[tuple[int, bool]]:
+@functools.lru_cache(maxsize=4096)
+def planes_of_group(group: Group) -> tuple[tuple[int, bool], ...]:
     """Return (layer, is_value) of the planes of a group, in channel order."""
     sides = [side for side in (False, True) if group.planes >> side & 1]
     layers = range(group.layer, group.layer + group.layers)
-    return [(layer, side) for layer in layers for side in sides]
+    return tuple((layer, side) for layer in layers for side in sides)
 
 
 def group_matrix(chunk: KVChunk, group: Group, value_weight: float) -> Floats:

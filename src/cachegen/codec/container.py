@@ -310,13 +310,14 @@ def _parse_segments(
     refining = False
     for checksum, length, distortion, group, index, both in entries.tolist():
         kind, bits = both & 15, both >> 4
-        sound_bits = 1 <= bits <= 8 if kind == PACKED else bits == 0
-        if group >= n_groups or index >= passes or kind > BYTES or not sound_bits:
+        sound = 1 <= bits <= 8 if kind == PACKED else bits == 0
+        if not sound or group >= n_groups or index >= passes or kind > BYTES:
             raise CorruptError("segment", got=(group, index, kind, bits), expected="known values")
-        if length > MAX_SEGMENT_BYTES or not (math.isfinite(distortion) and distortion >= 0):
+        if length > MAX_SEGMENT_BYTES or not 0 <= distortion < math.inf:
             raise LimitError("segment length or distortion", got=(length, distortion))
-        done, side_seen = divmod(progress[group], 2)
-        if index != done or (kind == SIDE and side_seen):
+        state = progress[group]
+        done = state >> 1
+        if index != done or (kind == SIDE and state & 1):
             raise CorruptError("segment order", got=f"pass {index}", expected=f"pass {done}")
         if refining and index == 0:
             raise CorruptError("segment order", got="pass 0 late", expected="pass 0 first")

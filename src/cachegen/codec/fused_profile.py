@@ -16,7 +16,7 @@ from cachegen import native
 from cachegen.codec import passes
 from cachegen.codec.basis import GroupBasis, ModelBasis, planes_of_group
 from cachegen.codec.fused import bodies, channels_of, constants, plane_targets
-from cachegen.codec.header import Group
+from cachegen.codec.header import Group, Header
 from cachegen.codec.reader import ObjectReader
 from cachegen.codec.reference import profile_classes
 from cachegen.codec.rotary import angles
@@ -29,6 +29,8 @@ Floats = NDArray[np.float32]
 LANES = 32
 # Components are picked one by one if fewer than this share of the first ones is used.
 DENSE_SHARE = 0.7
+# Components decoded at a time, 2 MiB; a larger group goes alone.
+BATCH_FLOATS = 1 << 19
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,37 +64,82 @@ def _heads_of(statistics: GroupBasis, dim: int) -> _Heads | None:
     return _HEADS[statistics]
 
 
+@dataclass(frozen=True)
+class _Group:
+    """A group on its way: where its components are decoded to, and what follows them.
+
+    values: (N, P * 32) float32. used: (N,) uint8.
+    """
+
+    group: Group
+    statistics: GroupBasis
+    side: GroupSide
+    values: Floats
+    used: NDArray[np.uint8]
+    source: native.GroupSource
+
+
+class _Memory:
+    """Memory for components and products that groups take turns in: fresh pages are slow."""
+
+    def __init__(self) -> None:
+        self._floats: dict[str, Floats] = {}
+
+    def matrix(self, name: str, begin: int, rows: int, columns: int) -> Floats:
+        """Return (rows, columns) float32 from a place on, values undefined."""
+        end = begin + rows * columns
+        if name not in self._floats or len(self._floats[name]) < end:
+            # What was handed out before stays alive with those who hold it.
+            self._floats[name] = np.empty(max(end, BATCH_FLOATS), np.float32)
+        return self._floats[name][begin:end].reshape(rows, columns)
+
+
 def decode_with_profile(
     reader: ObjectReader, target: Target, basis: ModelBasis, *, step: float
 ) -> None:
     """Decode an object with a profile.
 
+    Groups are decoded several at a time, as far as their components fit ``BATCH_FLOATS``: a small
+    one alone has too few streams to decode side by side.
     step: the finest one. Raises: TruncatedError, CorruptError, ChecksumError.
     """
     turns: dict[tuple[int, int, int], Floats] = {}
+    memory = _Memory()
+    batch: list[_Group] = []
+    floats = 0
     for index, (group, statistics) in enumerate(zip(basis.groups, basis.bases, strict=True)):
         assert statistics is not None
-        _decode_group(reader, target, index, group, statistics, turns, step, basis.value_weight)
+        begin, end = reader.header.ranges[group.layer]
+        size = channels_of(reader.header, group) * _padded(end - begin)
+        if batch and floats + size > BATCH_FLOATS:
+            _finish_batch(reader, target, batch, memory, turns, basis.value_weight)
+            batch, floats = [], 0
+        batch.append(_open_group(reader, index, group, statistics, memory, floats, step))
+        floats += size
+    _finish_batch(reader, target, batch, memory, turns, basis.value_weight)
 
 
-def _decode_group(
+def _padded(tokens: int) -> int:
+    return -(-tokens // LANES) * LANES
+
+
+def _open_group(
     reader: ObjectReader,
-    target: Target,
     index: int,
     group: Group,
     statistics: GroupBasis,
-    turns: dict[tuple[int, int, int], Floats],
+    memory: _Memory,
+    place: int,
     step: float,
-    value_weight: float,
-) -> None:
+) -> _Group:
+    """Read what precedes the components of a group. place: of its components in the memory."""
     header = reader.header
     begin, end = header.ranges[group.layer]
     tokens, channels = end - begin, channels_of(header, group)
     side = GroupSide.from_bytes(
         reader.side(index, 0), tokens, channels, header.geometry.dtype, plain=False
     )
-    rows = -(-tokens // LANES) * LANES
-    values = np.empty((channels, rows), np.float32)
+    values = memory.matrix("components", place, channels, _padded(tokens))
     used = np.zeros(channels, np.uint8)
     classes = profile_classes(statistics, step, side.class_offset)
     present = bodies(reader, index)
@@ -104,8 +151,20 @@ def _decode_group(
         constants(header.passes, len(present), side.decay, step, 1.0),
         (),
     )
+    return _Group(group, statistics, side, values, used, source)
+
+
+def _finish_batch(
+    reader: ObjectReader,
+    target: Target,
+    batch: list[_Group],
+    memory: _Memory,
+    turns: dict[tuple[int, int, int], Floats],
+    value_weight: float,
+) -> None:
+    header = reader.header
     native.decode_groups(
-        [source],
+        [entry.source for entry in batch],
         dtype=target.dtype,
         stored=header.geometry.dtype,
         passes=header.passes,
@@ -113,9 +172,24 @@ def _decode_group(
         refine=passes.refine_tables(),
         rope=None,
     )
+    for entry in batch:
+        _store_group(header, target, entry, memory, turns, value_weight)
+
+
+def _store_group(
+    header: Header,
+    target: Target,
+    entry: _Group,
+    memory: _Memory,
+    turns: dict[tuple[int, int, int], Floats],
+    value_weight: float,
+) -> None:
+    """Turn the components of a group into planes and store them."""
+    statistics, side, values = entry.statistics, entry.side, entry.values
+    tokens = entry.source.tokens
     dims = {header.geometry.key_dim, header.geometry.value_dim}
     heads = _heads_of(statistics, dims.pop()) if len(dims) == 1 else None
-    picked = np.flatnonzero(used)
+    picked = np.flatnonzero(entry.used)
     count = int(picked[-1]) + 1 if len(picked) else 0
     dense = len(picked) >= DENSE_SHARE * count
     left = values[:count] if dense else values[picked]
@@ -123,15 +197,16 @@ def _decode_group(
     exempt[side.exempt_tokens] = 1
     offset = 0
     for (layer, is_value), plane in zip(
-        planes_of_group(group), plane_targets(header, group, target), strict=True
+        planes_of_group(entry.group), plane_targets(header, entry.group, target), strict=True
     ):
         width = plane.heads * plane.dim
+        block = memory.matrix("product", 0, values.shape[1], width)
         if heads is not None:
-            block = _per_head(values, used, heads, offset // plane.dim, plane.heads)
+            _per_head(values, entry.used, heads, offset // plane.dim, block)
         else:
             which = statistics.basis[offset : offset + width]
             right = which[:, :count] if dense else which[:, picked]
-            block = left.T @ right.T
+            np.matmul(left.T, right.T, out=block)
         turn = None
         if header.rope is not None and plane.rope >= 0:
             turn = _turns(turns, header.rope, plane.rope, plane.first_position, tokens)
@@ -145,27 +220,26 @@ def _decode_group(
             interleaved=header.rope is not None and header.rope.interleaved,
             exempt=exempt,
         )
-        target.store_tokens(
-            layer,
-            side.exempt_tokens,
-            side.exempt_rows[:, offset : offset + width],
-            is_value=is_value,
-        )
+        if len(side.exempt_tokens):
+            target.store_tokens(
+                layer,
+                side.exempt_tokens,
+                side.exempt_rows[:, offset : offset + width],
+                is_value=is_value,
+            )
         offset += width
 
 
 def _per_head(
-    values: Floats, used: NDArray[np.uint8], heads: _Heads, first: int, count: int
-) -> Floats:
-    """Return the channels of some heads, (P * 32, count * D)."""
+    values: Floats, used: NDArray[np.uint8], heads: _Heads, first: int, block: Floats
+) -> None:
+    """Fill in the channels of some heads, (P * 32, heads * D)."""
     dim = heads.rows[0].shape[0]
-    block = np.empty((values.shape[1], count * dim), np.float32)
-    for head in range(count):
+    for head in range(block.shape[1] // dim):
         components, rows = heads.components[first + head], heads.rows[first + head]
         kept = np.flatnonzero(used[components])
         out = block[:, head * dim : (head + 1) * dim]
         np.matmul(values[components[kept]].T, rows[:, kept].T, out=out)
-    return block
 
 
 def _turns(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ class Group:
         return f"{side}{self.layer}" if self.layers == 1 else f"{side}{self.layer}-{last}"
 
 
+@functools.lru_cache(maxsize=64)
 def plane_groups(layers: int) -> tuple[Group, ...]:
     """Return the default grouping: one plane per group, K and V of layer 0, of layer 1, ..."""
     return tuple(Group(index // 2, 1, 1 + index % 2) for index in range(2 * layers))

@@ -75,7 +75,8 @@ class ObjectReader:
         return self._verified(segment) if segment else memoryview(b"")
 
     def _verified(self, segment: Segment) -> memoryview:
-        body = self._data[segment.offset : segment.offset + segment.length]
+        end = segment.offset + segment.length
+        body = self._data[segment.offset : end]
         if xxhash.xxh3_64_intdigest(body) != segment.checksum:
             label = self.header.groups[segment.group].label
             raise ChecksumError(
@@ -84,7 +85,7 @@ class ObjectReader:
                 expected=f"{segment.checksum:016x}",
                 remedy="the object is damaged: fetch or encode it again",
             )
-        if any(self._data[segment.offset + segment.length : segment.end]):
+        if segment.end > end and any(self._data[end : segment.end]):
             raise CorruptError("segment padding", got="non-zero bytes", expected="zero bytes")
         return body
 
