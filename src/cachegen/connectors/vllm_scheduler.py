@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
+# In the ``kv_transfer_params`` of a request: false to load or to save nothing of it.
+LOAD, SAVE = "cachegen.load", "cachegen.save"
+
+
 class SchedulerSide:
     """Looks requests up, follows them and plans the workers' loads and saves."""
 
@@ -73,7 +77,13 @@ class SchedulerSide:
         except OSError as error:
             logger.warning("request %s: not stored: %s", request.request_id, error)
             return
-        self.tracker.add(request.request_id, request.all_token_ids, seed)
+        self.tracker.add(
+            request.request_id,
+            request.all_token_ids,
+            seed,
+            loads=self._wants(request, LOAD),
+            saves=self._wants(request, SAVE),
+        )
 
     def matched(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
         """Answer vLLM's question for tokens beyond local_tokens."""
@@ -100,6 +110,11 @@ class SchedulerSide:
     def close(self) -> None:
         """Stop looking up."""
         self._lookup.close()
+
+    @staticmethod
+    def _wants(request: Request, name: str) -> bool:
+        """Read one of a request's own switches; whatever is not false is true."""
+        return (request.kv_transfer_params or {}).get(name) is not False
 
     def _tenant(self, salt: str | None) -> bytes:
         """Join the tenant of the settings and the salt of the request, unambiguously."""
