@@ -63,20 +63,43 @@ def test_a_backlog_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     world.close()
 
 
-def test_saving_waits_for_a_quiet_moment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saver, "QUIET_S", 0.2)
+@pytest.mark.parametrize(("computes", "name"), [(True, "SILENT_S"), (False, "QUIET_S")])
+def test_saving_waits_for_a_quiet_moment(
+    world: World, monkeypatch: pytest.MonkeyPatch, computes: bool, name: str
+) -> None:
+    for short in ("SILENT_S", "QUIET_S"):
+        monkeypatch.setattr(saver, short, 0.01)
+    monkeypatch.setattr(saver, name, 0.2)
     world.saver._waits = True
     begin = time.monotonic()
-    world.saver.note_step(begins=False)
+    world.saver.note_step(begins=False, computes=computes)
     world.saver.submit(piece(0, 4, 9), world.cache.stage((4, 9)))
     saved(world)
     assert time.monotonic() - begin >= 0.2
-    # A busy engine cannot keep it waiting for ever.
-    monkeypatch.setattr(saver, "MOST_WAIT_S", 0.0)
-    world.saver.note_step(begins=True)
-    world.saver.submit(piece(1, 4, 9), world.cache.stage((4, 9)))
+
+
+def test_a_busy_engine_cannot_keep_saving_waiting_for_ever(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saver, "MOST_WAIT_S", 0.2)
+    world.saver._waits = True
+    world.saver.note_step(begins=True, computes=True)
+    begin = time.monotonic()
+    for index in range(3):
+        world.saver.submit(piece(index, 4, 9), world.cache.stage((4, 9)))
     saved(world)
-    assert world.counters.get("saved_chunks_total") == 2
+    assert 0.2 <= time.monotonic() - begin < 10
+    assert world.counters.get("saved_chunks_total") == 3
+
+
+def test_half_a_backlog_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(settings=Settings(chunk_tokens=CHUNK, backlog_bytes=1))
+    monkeypatch.setattr(saver, "MOST_WAIT_S", 1000.0)
+    world.saver._waits = True
+    world.saver.note_step(begins=True, computes=True)
+    world.saver.submit(piece(0, 4, 9), world.cache.stage((4, 9)))
+    saved(world)
+    world.close()
 
 
 def test_closing_does_not_wait_for_ever(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,10 @@ from cachegen.store.base import Store
 from cachegen.store.keys import chunk_keys
 from cachegen.types import Array
 
-# Saving waits for the engine to be idle for a moment, but not for ever.
+# Saving waits for the engine to be idle, but not for ever. An engine is idle a moment after a step
+# that computed nothing; where none comes, after a time in which a slow step would have ended.
 QUIET_S = 0.02
+SILENT_S = 0.25
 MOST_WAIT_S = 10.0
 
 
@@ -63,7 +65,7 @@ class Saver:
         waits: bool = False,
     ) -> None:
         self._waits = waits
-        self._is_busy, self._last_step_s = False, -QUIET_S
+        self._is_busy, self._quiet_s = False, 0.0
         self._store = store
         self._to_chunk = to_chunk
         self._coder = coder
@@ -79,9 +81,13 @@ class Saver:
         """False while so much waits that nothing more should be copied."""
         return self._backlog_bytes < self._settings.backlog_bytes
 
-    def note_step(self, *, begins: bool) -> None:
-        """Take note that a step of the engine begins or has ended."""
-        self._is_busy, self._last_step_s = begins, time.monotonic()
+    def note_step(self, *, begins: bool, computes: bool) -> None:
+        """Take note that a step of the engine begins or has ended.
+
+        computes: False for a step without tokens, as between requests.
+        """
+        self._is_busy = begins and computes
+        self._quiet_s = time.monotonic() + (SILENT_S if computes else QUIET_S)
 
     def skip(self, reason: str) -> None:
         """Count a chunk that is not saved."""
@@ -91,7 +97,7 @@ class Saver:
         """Take a copy of a whole chunk's blocks; returns at once."""
         with self._lock:
             self._backlog_bytes += copy.size_bytes
-        self._threads.submit(self._run, piece, copy)
+        self._threads.submit(self._run, piece, copy, time.monotonic())
 
     def close(self, *, wait_s: float) -> None:
         """Finish what waits for at most wait_s seconds, then drop the rest."""
@@ -100,18 +106,16 @@ class Saver:
             time.sleep(0.01)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _wait_for_quiet(self) -> None:
+    def _wait_for_quiet(self, end_s: float) -> None:
         """Wait until the engine is idle, the backlog is half full or the time is up."""
-        end = time.monotonic() + MOST_WAIT_S
         while self._waits and 2 * self._backlog_bytes < self._settings.backlog_bytes:
             now = time.monotonic()
-            quiet = not self._is_busy and now - self._last_step_s > QUIET_S
-            if quiet or now > end:
+            if now > end_s or (not self._is_busy and now > self._quiet_s):
                 return
             time.sleep(QUIET_S)
 
-    def _run(self, piece: Piece, copy: BlockCopy) -> None:
-        self._wait_for_quiet()
+    def _run(self, piece: Piece, copy: BlockCopy, submitted_s: float) -> None:
+        self._wait_for_quiet(submitted_s + MOST_WAIT_S)
         begin = time.monotonic()
         try:
             self._save(piece, copy)

@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class CacheGenMetadata(KVConnectorMetadata):  # type: ignore[misc]
-    """What the scheduler tells the workers of a step."""
+    """What the scheduler tells the workers of a step. computes: whether the model runs in it."""
 
     plan: Plan = field(default_factory=Plan)
+    computes: bool = True
 
 
 class CacheGenConnector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -89,7 +90,7 @@ class CacheGenConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Plan the workers' loads and saves of a step."""
         plan = self._at_scheduler().tracker.plan(_steps(scheduler_output))
-        return CacheGenMetadata(plan)
+        return CacheGenMetadata(plan, scheduler_output.total_num_scheduled_tokens > 0)
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Take note of blocks that workers could not fill."""
@@ -114,11 +115,11 @@ class CacheGenConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Take the plan of a step that begins."""
         super().bind_connector_metadata(connector_metadata)
-        self._at_worker().begin_step()
+        self._at_worker().begin_step(computes=self._metadata().computes)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Begin the loads of this step, in threads."""
-        self._at_worker().start_loads(self._plan())
+        self._at_worker().start_loads(self._metadata().plan)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Do nothing: requests that load do not run."""
@@ -130,7 +131,7 @@ class CacheGenConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def wait_for_save(self) -> None:
         """Begin to copy the blocks of chunks that this step completed."""
-        self._at_worker().stage_saves(self._plan())
+        self._at_worker().stage_saves(self._metadata().plan)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Report requests whose held blocks are free, and requests whose loads have ended."""
@@ -179,10 +180,10 @@ class CacheGenConnector(KVConnectorBase_V1):  # type: ignore[misc]
         assert self._worker is not None
         return self._worker
 
-    def _plan(self) -> Plan:
+    def _metadata(self) -> CacheGenMetadata:
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, CacheGenMetadata)
-        return metadata.plan
+        return metadata
 
 
 def _steps(output: SchedulerOutput) -> Iterator[Step]:

@@ -41,6 +41,7 @@ class WorkerSide:
         self._loader: Loader | None = None
         self._saver: Saver | None = None
         self._released: set[str] = set()
+        self._computes = False
         self._failed_blocks: set[int] = set()
 
     def register(self, kv_caches: dict[str, Any]) -> None:
@@ -74,10 +75,11 @@ class WorkerSide:
             waits=self._vllm_config.kv_transfer_config.is_kv_consumer,
         )
 
-    def begin_step(self) -> None:
+    def begin_step(self, *, computes: bool) -> None:
         """Take note that a step begins; it may overwrite blocks that earlier steps staged."""
+        self._computes = computes
         if self._saver is not None:
-            self._saver.note_step(begins=True)
+            self._saver.note_step(begins=True, computes=computes)
         self.finish_copies()
 
     def finish_copies(self) -> None:
@@ -100,7 +102,7 @@ class WorkerSide:
         """Begin to copy blocks that are to be saved; nothing else happens within the step."""
         self._released.update(plan.released)
         if self._saver is not None:
-            self._saver.note_step(begins=False)
+            self._saver.note_step(begins=False, computes=self._computes)
         if self._saver is None or self._cache is None or not plan.saves:
             return
         begin = time.monotonic()
