@@ -97,6 +97,7 @@ class Saver:
         """Take a copy of a whole chunk's blocks; returns at once."""
         with self._lock:
             self._backlog_bytes += copy.size_bytes
+        self._counters.add("staged_chunks_total")
         self._threads.submit(self._run, piece, copy, time.monotonic())
 
     def close(self, *, wait_s: float) -> None:
@@ -127,6 +128,7 @@ class Saver:
             with self._lock:
                 self._backlog_bytes -= copy.size_bytes
             self._counters.add("save_seconds_total", time.monotonic() - begin)
+            self._counters.add("settled_chunks_total")
 
     def _save(self, piece: Piece, copy: BlockCopy) -> None:
         (key,) = chunk_keys(self._namespace, [piece.chain], self._coder.coding.label)
