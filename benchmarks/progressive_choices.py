@@ -4,7 +4,10 @@ One stored object per chunk, cut at equal slopes. Held-out texts give KL diverge
 prompts the accuracy of answers and the KL divergence at them, which depends on single tokens of the
 prefix. Calibration text and prompts are others than these.
 
-    python benchmarks/progressive_choices.py
+    python benchmarks/progressive_choices.py [--second FOLDER]
+
+The second model, of ``wide_model.py train``, judges what is a prior of the codec and no choice of a
+profile; it has learnt prefixes of 256 tokens.
 """
 
 from __future__ import annotations
@@ -48,8 +51,9 @@ MODEL = Path(__file__).parents[1] / "models/reference"
 CONTEXT = 1024
 CUTS = 9
 QUESTIONS = 24
+SECOND = "plain, second model"
 SIZES = Sizes(
-    texts=3,
+    texts=8,
     retrieval_prompts=2,
     needle_prompts=3,
     tracking_prompts=0,
@@ -163,6 +167,16 @@ class Judge:
         return [summary(row, values) for row in rows]
 
 
+def second_judge(folder: Path) -> Judge:
+    """Return a judge that asks the second model."""
+    model, tokenizer = load_model(str(folder))
+    sizes = dataclasses.replace(SIZES, texts=24, prefix_tokens=256, continuation_tokens=192)
+    work = load_workload(
+        model, tokenizer, folder, text=folder / "eval_text.txt", calibration=None, sizes=sizes
+    )
+    return Judge(model, work)
+
+
 def cut(codec: ProgressiveCodec, kv: KVChunk) -> list[tuple[int, float, KVChunk]]:
     """Encode a prefix in chunks; return bytes, relative distortion and KV of every cut."""
     objects = [codec.encode(chunk) for chunk in kv.split(DEFAULT_CHUNK_TOKENS)]
@@ -202,7 +216,7 @@ def constants(**changes: Any) -> Iterator[None]:
     try:
         for name, value in changes.items():
             setattr(basis, name, value)
-        weight = changes.get("VALUE_WEIGHT", basis.VALUE_WEIGHT)
+        weight = changes.get("PLAIN_VALUE_WEIGHT", basis.PLAIN_VALUE_WEIGHT)
         progressive.plain_basis = lambda chunk: dataclasses.replace(
             plain(chunk), value_weight=weight
         )
@@ -244,15 +258,22 @@ def variants(fit: Fitted) -> Iterator[tuple[str, str, ProgressiveCodec, dict[str
     for sinks in (0, 4):
         codec = ProgressiveCodec(profile=shipped, sink_tokens=sinks)
         yield "sinks", f"{sinks} sink tokens", codec, {}
+    yield from priors("plain")
+
+
+def priors(section: str) -> Iterator[tuple[str, str, ProgressiveCodec, dict[str, Any]]]:
+    """Yield what the codec supposes where it has no profile, the default first."""
     plain = ProgressiveCodec()
-    yield "plain", "default", plain, {}
-    yield "plain", "no early weight", plain, {"EARLY_WEIGHT": 1.0}
-    yield "plain", "early weight 16", plain, {"EARLY_WEIGHT": 16.0}
-    yield "plain", "V weighted 1.01", plain, {"VALUE_WEIGHT": 1.01}
-    yield "plain", "V weighted 2", plain, {"VALUE_WEIGHT": 2.0}
-    yield "plain", "single planes", plain, {"MIN_SEGMENT_CHANNELS": 128}
+    yield section, "default", plain, {}
+    for weight in (1.0, 4.0, 64.0):
+        yield section, f"early weight {weight:g}", plain, {"EARLY_WEIGHT": weight}
+    for weight in (0.7, 1.5, 2.0):
+        yield section, f"V weighted {weight:g}", plain, {"PLAIN_VALUE_WEIGHT": weight}
+    before = {"EARLY_WEIGHT": 4.0, "PLAIN_VALUE_WEIGHT": 1.5}
+    yield section, "early weight 4, V weighted 1.5", plain, before
+    yield section, "single planes", plain, {"MIN_SEGMENT_CHANNELS": 128}
     old = {"MIN_SEGMENT_CHANNELS": 1024, "EARLY_WEIGHT": 1.0}
-    yield "plain", "K and V of all layers, no early weight", plain, old
+    yield section, "K and V of all layers, no early weight", plain, old
 
 
 def rate(points: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> Any:
@@ -312,7 +333,8 @@ def main(report: Callable[[str], None] = console.print) -> None:
     parser = argparse.ArgumentParser()
     default = Path(__file__).parent / "results/progressive_choices.json"
     parser.add_argument("--json", type=Path, default=default)
-    target = parser.parse_args().json
+    parser.add_argument("--second", type=Path, help="folder of the second model")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = load_model(str(MODEL))
     work = load_workload(
@@ -322,11 +344,17 @@ def main(report: Callable[[str], None] = console.print) -> None:
     wide, lossless = escapes_of_wide_channels(), lossless_ratio(work)
     report(f"wide channels {wide}, lossless {lossless}")
     entries: list[dict[str, Any]] = []
-    firsts: dict[bool, list[dict[str, Any]]] = {}
-    for section, name, codec, changes in variants(fitted(model, tokenizer)):
+    firsts: dict[str, list[dict[str, Any]]] = {}
+    tried = [(judge, variants(fitted(model, tokenizer)))]
+    if arguments.second:
+        tried.append((second_judge(arguments.second), priors(SECOND)))
+    for judge, section, name, codec, changes in (
+        (judge, *variant) for judge, several in tried for variant in several
+    ):
         with constants(**changes):
             points = judge.points(codec)
-        first = firsts.setdefault(codec.profile is None, points)
+        kind = section if codec.profile is None else "profile"
+        first = firsts.setdefault(kind, points)
         entry: dict[str, Any] = {"section": section, "name": name}
         if codec.profile is not None:
             sizes = [len(codec.profile.to_bytes())]
@@ -352,7 +380,7 @@ def main(report: Callable[[str], None] = console.print) -> None:
         "variants": entries,
         **environment(),
     }
-    write_json(target, content)
+    write_json(arguments.json, content)
 
 
 if __name__ == "__main__":

@@ -71,14 +71,17 @@ PROFILE_NAMES = {"false": "no", "true": "yes"}
 
 
 def peers_section(result: dict[str, Any]) -> str:
-    """Show the rows of 256-token chunks, and of peers without a choice of chunk size."""
+    """Show the rows of 256-token chunks, and of peers without a choice of chunk size.
+
+    What lies on top of token eviction is in the headline and in the file.
+    """
     heads = ("codec", "point", "bits/value", "side", "KL, text", "KL, answers", "top-1")
     tasks = [task for task in result["uncompressed"] if task not in result["unmeasured_tasks"]]
     lines = ["| " + " | ".join([*heads, *tasks]) + " |"]
     lines.append("|---|---|" + "---:|" * (len(heads) - 2 + len(tasks)))
     for row in result["rows"]:
         family, _, size = row["family"].partition("@")
-        if size not in ("", str(DEFAULT_CHUNK_TOKENS)):
+        if size not in ("", str(DEFAULT_CHUNK_TOKENS)) or family.startswith("h2o+"):
             continue
         scores = [_accuracy(row["tasks"][name]) for name in tasks]
         cells = [

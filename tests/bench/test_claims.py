@@ -15,6 +15,7 @@ def row(family: str, label: str, bits: float, **changes: Any) -> dict[str, Any]:
         "family": family,
         "label": label,
         "billed_bits_per_value": bits,
+        "prompt_bits_per_value": None,
         "ratio_vs_16bit": 16 / bits,
         "calibration_bytes": 0,
         "kl_nats": 0.001,
@@ -51,6 +52,18 @@ def test_the_headline_takes_the_smallest_point_that_loses_little() -> None:
     assert loose["beyond_the_headline"] == pytest.approx(8 / 4.3)
     assert (strict["point"], strict["met"]) == ("cut 2", False)
     assert strict["losses"]["top1_agreement"] == pytest.approx(0.01)
+
+
+def test_the_larger_of_texts_and_prompts_is_billed() -> None:
+    rows = [
+        row("int8@256", "plain", 8.0, prompt_bits_per_value=8.0),
+        row("ours", "cut 0", 1.0, prompt_bits_per_value=2.5),
+        row("ours", "lossless-in-practice", 2.0, prompt_bits_per_value=1.0, named=True),
+    ]
+    (entry, _) = (entry for entry in headline(evaluation(rows)) if entry["family"] == "ours")
+    assert (entry["point"], entry["bits_per_value"]) == ("lossless-in-practice", 2.0)
+    (entry,) = (entry for entry in lossless(evaluation(rows)) if entry["family"] == "ours")
+    assert entry["named"]["ratio_vs_16bit"] == 8.0
 
 
 def test_on_top_of_eviction_it_is_compared_with_eviction_alone() -> None:

@@ -156,6 +156,8 @@ def test_sizes_and_quality(result: dict[str, Any]) -> None:
         total = sum(row[f"{part}_bits_per_value"] for part in parts)
         assert row["billed_bits_per_value"] == pytest.approx(total)
         assert row["ratio_vs_16bit"] == pytest.approx(16 / row["billed_bits_per_value"])
+        asked = 8 * sum(row["bytes_by_prompt"]) / row["prompt_bits_per_value"]
+        assert asked == pytest.approx(len(row["bytes_by_prompt"]) * 96 * 3 * 2 * 16)
         assert sum(row["bytes_by_text"]) * 8 / (3 * 96 * 3 * 2 * 16) == pytest.approx(total)
         low, high = row["kl_interval"]
         assert low <= row["kl_nats"] <= high

@@ -13,7 +13,7 @@ from cachegen.codec.basis import planes_of_group
 from cachegen.codec.container import SIDE, read_header
 from cachegen.codec.fit import choose_groups, fit_basis
 from cachegen.codec.header import Group
-from cachegen.codec.progressive import ProgressiveCodec
+from cachegen.codec.progressive import ProgressiveCodec, weight_of
 from cachegen.codec.registry import decode
 from cachegen.codec.rotary import rotate
 from cachegen.codec.summary import summarize
@@ -87,7 +87,7 @@ def test_distortions_in_the_table_are_the_true_ones() -> None:
         for layer, side in planes_of_group(group):
             a = chunk.layers[layer].plane(is_value=side).astype(np.float64)
             b = decoded.layers[layer].plane(is_value=side).astype(np.float64)
-            total += np.square(a - b).sum() * (1.5**2 if side else 1.0)
+            total += np.square(a - b).sum() * (weight_of(header) ** 2 if side else 1.0)
         assert total == pytest.approx(last[index], rel=0.02)
 
 

@@ -10,9 +10,11 @@ from fakes import VirtualRun, encode_all, keys_of
 from cachegen.codec.cachegen import CacheGenCodec
 from cachegen.codec.container import read_header
 from cachegen.codec.levels import prefix_bytes
+from cachegen.stream.bandwidth import LinkEstimate
 from cachegen.stream.outcome import Reason
 from cachegen.stream.policies import CachegenPolicy, DeadlinePolicy, FixedPolicy, HybridPolicy
 from cachegen.stream.request import RequestState
+from cachegen.stream.speeds import Speeds
 
 WHOLE = 110_000  # bytes of the four objects, about
 
@@ -98,6 +100,33 @@ def test_damage_is_a_miss(progressive) -> None:
     assert "cut short" in str(report.error)
     objects[keys[2].name] = b""
     assert run(objects, request()).chunks[2].reason is Reason.DAMAGED
+
+
+@pytest.mark.parametrize("failure", [OSError("reset"), None])
+def test_a_failed_read_does_not_discard_the_ones_before_it(progressive, failure) -> None:
+    (data,) = list(progressive.values())[:1]
+    state = request(keys=keys_of(1))
+    link, speeds = LinkEstimate.known(1e6), Speeds(None, 1e9)
+
+    def take(read) -> None:
+        part = data[read.begin : read.end]
+        state.receive(read, read.begin, part, 0.0)
+        state.end_read(read, 0.0, got_bytes=len(part))
+
+    reads = []
+    for _ in range(4):
+        reads.append(state.next_read(0.0, link=link, speeds=speeds, slice_bytes=6000))
+        if len(reads) == 1:
+            take(reads[0])
+    state.end_read(reads[3], 0.0, is_missing=failure is None, error=failure)
+    assert state.next_read(0.0, link=link, speeds=speeds, slice_bytes=6000) is None
+    assert state.next_task() is None
+    take(reads[1])
+    assert state.next_task() is None
+    take(reads[2])
+    task = state.next_task()
+    assert task is not None and task.item.error is failure
+    assert reads[2].begin < task.item.read_bytes <= reads[3].begin
 
 
 @pytest.mark.parametrize("rate", [300e3, 600e3, 1e6, 3e6])

@@ -2,7 +2,8 @@
 
 Three questions: how far below 8-bit quantisation at a loss of at most 2 %, with token eviction
 beneath it and without; how small what is lossless in practice; and whether any curve is above a
-peer's anywhere. Each answer names the operating point that gives it.
+peer's anywhere. Each answer names the operating point that gives it. Sizes are those on texts or on
+the prompts of tasks, whichever are larger.
 """
 
 from __future__ import annotations
@@ -53,18 +54,18 @@ def headline(result: dict[str, Any]) -> list[Row]:
             for strict in (False, True):
                 losses = {row["label"]: _losses(row, base, result, strict=strict) for row in asked}
                 good = [row for row in asked if max(losses[row["label"]].values()) <= MAX_LOSS]
-                best = min(good, key=lambda row: float(row["billed_bits_per_value"]), default=None)
+                best = min(good, key=_bits, default=None)
                 entry: Row = {"family": family, "eviction": share or None, "strict": strict}
                 if best is None:
                     answers.append(entry | {"point": None, "met": False})
                     continue
-                factor = plain["billed_bits_per_value"] / best["billed_bits_per_value"]
+                factor = _bits(plain) / _bits(best)
                 answers.append(
                     entry
                     | {
                         "point": best["label"],
-                        "bits_per_value": best["billed_bits_per_value"],
-                        "eight_bit_bits_per_value": plain["billed_bits_per_value"],
+                        "bits_per_value": _bits(best),
+                        "eight_bit_bits_per_value": _bits(plain),
                         "times_smaller_than_8_bit": factor,
                         "beyond_the_headline": factor / HEADLINE_FACTOR,
                         "losses": losses[best["label"]],
@@ -84,7 +85,7 @@ def lossless(result: dict[str, Any]) -> list[Row]:
     answers: list[Row] = []
     for family, points in _families(result["rows"]).items():
         good = [row for row in points if row["lossless_in_practice"]]
-        best = min(good, key=lambda row: float(row["billed_bits_per_value"]), default=None)
+        best = min(good, key=_bits, default=None)
         level = next((row for row in points if row["label"] == "lossless-in-practice"), None)
         answers.append(
             {
@@ -156,13 +157,18 @@ def _losses(row: Row, base: Row | None, result: Row, *, strict: bool) -> dict[st
     return losses
 
 
+def _bits(row: Row) -> float:
+    """Return the billed bits/value of a point, on texts or on prompts."""
+    return max(float(row["billed_bits_per_value"]), float(row["prompt_bits_per_value"] or 0.0))
+
+
 def _point(row: Row | None) -> Row | None:
     if row is None:
         return None
     return {
         "label": row["label"],
-        "bits_per_value": row["billed_bits_per_value"],
-        "ratio_vs_16bit": row["ratio_vs_16bit"],
+        "bits_per_value": _bits(row),
+        "ratio_vs_16bit": 16 / _bits(row),
         "kl_nats": row["kl_nats"],
         "answer_kl_nats": row["answer_kl_nats"],
         "lossless_in_practice": row["lossless_in_practice"],
@@ -172,7 +178,7 @@ def _point(row: Row | None) -> Row | None:
 def _crossing(points: Sequence[Row], kl: float) -> float | None:
     """Return the ratio at which a family's curve crosses a KL, on straight lines in logarithms."""
     curve = sorted(
-        (math.log(row["billed_bits_per_value"]), math.log(max(row["kl_nats"], 1e-12)))
+        (math.log(_bits(row)), math.log(max(row["kl_nats"], 1e-12)))
         for row in points
         if not row["named"]
     )

@@ -1,7 +1,7 @@
 """Operating points of codecs and peers: billed bytes against quality through the model.
 
-Sizes are measured on the held-out texts, every byte billed. All intervals are 95 %: bootstrap over
-prompts for means, Wilson for accuracies, over all questions.
+Every byte is billed, on the held-out texts and on the prompts of tasks. All intervals are 95 %:
+bootstrap over prompts for means, Wilson for accuracies, over all questions.
 """
 
 from __future__ import annotations
@@ -269,7 +269,11 @@ def _row(
     log_ratio = np.log([agreement.perplexity_ratio for agreement in measurement.agreements])
     answer_kl = np.array(measurement.answer_kl)
     per_value = 8 / sum(values)
+    prompt_bytes = sum(bill.total_bytes for bill in measurement.task_bills)
     tasks = {task: accuracy(asked) for task, asked in measurement.right.items()}
+    prompt_values = sum(
+        case.prefix.kv.value_count for cases in work.measured_tasks.values() for case in cases
+    )
     covered = all(_within_noise(result, uncompressed[task]) for task, result in tasks.items())
     return {
         "family": measurement.family,
@@ -281,6 +285,7 @@ def _row(
         "side_bits_per_value": per_value * bills.side_bytes,
         "framing_bits_per_value": per_value * bills.framing_bytes,
         "exempt_bits_per_value": per_value * bills.exempt_bytes,
+        "prompt_bits_per_value": 8 * prompt_bytes / prompt_values if prompt_values else None,
         "ratio_vs_16bit": sum(raw) / bills.total_bytes,
         "calibration_bytes": measurement.calibration_bytes,
         # What it would add if this one context had to carry it.

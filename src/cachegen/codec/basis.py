@@ -29,14 +29,13 @@ from cachegen.types import Geometry
 Floats = NDArray[np.float32]
 
 KIND = "progressive-2"
-# A step of V is finer than one of K by this factor where nothing is known of the model.
-VALUE_WEIGHT = 1.5
-# Weight of V in objects whose profile has measured what every error costs.
-MEASURED_WEIGHT = 1.0
+# A step of V is finer than one of K by this factor in objects without a profile, with one that was
+# fitted to KV alone, and with one that has measured what every error costs.
+PLAIN_VALUE_WEIGHT, FITTED_VALUE_WEIGHT, MEASURED_VALUE_WEIGHT = 1.0, 1.5, 1.0
 MIN_SEGMENT_CHANNELS = 256
 # An error in the first third of the layers counts this many times as much as a later one where
 # nothing is known of the model: later layers build on it. CacheGen's grading is the same prior.
-EARLY_WEIGHT = 4.0
+EARLY_WEIGHT = 16.0
 # Tokens beyond this many median norms are stored exactly: attention sinks, mostly.
 OUTLIER_NORM = 3.0
 
@@ -118,21 +117,22 @@ class GroupBasis:
 class ModelBasis:
     """Groups of a model and, with a profile, their bases.
 
-    value_weight: what V is multiplied by before means and bases apply, and divided by in the end:
-    1.5, or 1 where a profile has measured weights of its own.
+    value_weight: what V is multiplied by before means and bases apply, and divided by in the end.
+    is_measured: a profile has measured what errors cost; it is in its components already.
     """
 
     groups: tuple[Group, ...]
     bases: tuple[GroupBasis | None, ...]
-    value_weight: float = VALUE_WEIGHT
+    value_weight: float = PLAIN_VALUE_WEIGHT
+    is_measured: bool = False
 
     def error_weights(self) -> list[float]:
         """Return what the squared errors of each group count, 1 in the mean over layers.
 
-        It decides what comes first in an object. Measured weights are in the components already.
+        It decides what comes first in an object.
         """
         layers = max(group.layer + group.layers for group in self.groups)
-        if self.value_weight == MEASURED_WEIGHT:
+        if self.is_measured:
             return [1.0] * len(self.groups)
         weights = [EARLY_WEIGHT if 3 * layer < layers else 1.0 for layer in range(layers)]
         mean = sum(weights) / layers
@@ -192,15 +192,15 @@ def _read_basis(profile: Profile, geometry: Geometry) -> ModelBasis:
         )
     groups = _read_groups(meta.get("groups"), geometry)
     if meta.get("metric") == "plain":
-        metric, value_weight = Metric.plain(geometry), VALUE_WEIGHT
+        metric, value_weight = Metric.plain(geometry), FITTED_VALUE_WEIGHT
     else:
         keys, values = (profile.arrays.get(f"metric.{name}") for name in ("keys", "values"))
-        metric, value_weight = Metric.from_arrays(keys, values, geometry), MEASURED_WEIGHT
+        metric, value_weight = Metric.from_arrays(keys, values, geometry), MEASURED_VALUE_WEIGHT
     bases = tuple(
         _read_group(profile, index, metric.blocks(planes_of_group(group)))
         for index, group in enumerate(groups)
     )
-    return ModelBasis(groups, bases, value_weight)
+    return ModelBasis(groups, bases, value_weight, meta.get("metric") != "plain")
 
 
 def _read_groups(entries: object, geometry: Geometry) -> tuple[Group, ...]:

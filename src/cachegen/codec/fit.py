@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from cachegen.chunk import KVChunk
 from cachegen.codec.basis import (
+    FITTED_VALUE_WEIGHT,
     KIND,
-    MEASURED_WEIGHT,
-    VALUE_WEIGHT,
+    MEASURED_VALUE_WEIGHT,
     GroupBasis,
     group_matrix,
     make_group_basis,
@@ -147,9 +147,9 @@ class BasisFit:
             halves = (metric.keys.astype(np.float16), metric.values.astype(np.float16))
             arrays |= dict(zip(("metric.keys", "metric.values"), halves, strict=True))
             weights = Metric.from_arrays(*halves, self.geometry)
-            value_weight = MEASURED_WEIGHT
+            value_weight = MEASURED_VALUE_WEIGHT
         else:
-            weights, value_weight = Metric.plain(self.geometry), VALUE_WEIGHT
+            weights, value_weight = Metric.plain(self.geometry), FITTED_VALUE_WEIGHT
         for index, group in enumerate(self.groups):
             blocks = weights.blocks(planes_of_group(group))
             for name, array in self._fit_group(index, blocks, value_weight, components).items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cachegen.codec.basis import MEASURED_WEIGHT
+from cachegen.codec.basis import MEASURED_VALUE_WEIGHT
 from cachegen.codec.container import SIDE
 from cachegen.codec.header import Header
 from cachegen.codec.progressive import ProgressiveCodec, spread_of, weight_of
@@ -41,7 +41,7 @@ class QualityCurve:
 
 
 # Wider than the envelope: without a profile nothing is known of the model.
-PLAIN_CURVE = QualityCurve(0.075, 76.0, 5.3)
+PLAIN_CURVE = QualityCurve(0.078, 2.0, 3.4)
 PROFILE_CURVE = QualityCurve(0.075, 190.0, 3.5)
 MEASURED_CURVE = QualityCurve(0.066, 3.6e5, 9.5)
 
@@ -50,7 +50,7 @@ def curve_of(header: Header) -> QualityCurve:
     """Return the curve for an object: of no profile, a plain one, or one with measured weights."""
     if header.profile is None:
         return PLAIN_CURVE
-    return MEASURED_CURVE if weight_of(header) == MEASURED_WEIGHT else PROFILE_CURVE
+    return MEASURED_CURVE if weight_of(header) == MEASURED_VALUE_WEIGHT else PROFILE_CURVE
 
 
 def relative_distortions(header: Header) -> list[tuple[int, float]]:

@@ -19,7 +19,6 @@ from cachegen.chunk import KVChunk
 from cachegen.codec import ladder, passes
 from cachegen.codec.base import Codec
 from cachegen.codec.basis import (
-    MEASURED_WEIGHT,
     GroupBasis,
     ModelBasis,
     group_matrix,
@@ -157,7 +156,7 @@ class ProgressiveCodec(Codec):
         """Return the number of passes and the relative finest step."""
         passes_, step = PLAIN_LADDER
         if uses_profile:
-            measured = basis.value_weight == MEASURED_WEIGHT
+            measured = basis.is_measured
             passes_, step = MEASURED_LADDER if measured else PROFILE_LADDER
         return self.passes or passes_, step if self.step is None else self.step
 

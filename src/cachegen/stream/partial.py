@@ -66,12 +66,14 @@ class ObjectState:
     """One object that may serve a chunk.
 
     asked_bytes: end of the reads that were sent. have_bytes: all before it is here.
+    limit_bytes: where the first read that failed began; nothing beyond is asked for any more.
     """
 
     key: ChunkKey
     header: Header | None = None
     asked_bytes: int = 0
     have_bytes: int = 0
+    limit_bytes: int = _UNBOUNDED_BYTES
     missing: bool = False
     _parts: list[bytes] = field(default_factory=list)
     _early: list[tuple[int, bytes]] = field(default_factory=list)
@@ -80,6 +82,11 @@ class ObjectState:
     def left_bytes(self) -> int:
         """How much of the object is not here; 1 while its length is unknown."""
         return 1 if self.header is None else max(0, self.header.object_bytes - self.have_bytes)
+
+    @property
+    def is_cut(self) -> bool:
+        """True if a read of it failed."""
+        return self.limit_bytes < _UNBOUNDED_BYTES
 
     @property
     def header_bytes(self) -> int:

@@ -86,7 +86,8 @@ class _Order:
 
     def _last(self, entry: ObjectState) -> int:
         """Where it ends: the policy may have guessed the length of the object."""
-        return self.end if entry.header is None else min(self.end, entry.header.object_bytes)
+        end = min(self.end, entry.limit_bytes)
+        return end if entry.header is None else min(end, entry.header.object_bytes)
 
 
 class Reading(ABC):
@@ -302,22 +303,31 @@ class Reading(ABC):
             if is_missing:
                 entry.missing = True
                 if chunk.curve is not None or all(item.missing for item in chunk.versions):
-                    self._give_up(chunk, Reason.MISSING, None, now_s)
+                    entry.limit_bytes = min(entry.limit_bytes, read.begin)
                 else:
                     chunk.learn_curve(self.quality)
             else:
                 entry.check_end(read.begin, read.end, got_bytes)
         except Exception as failure:  # a store may be anybody's: all it raises is one chunk's loss
-            self._give_up(chunk, reason_of(failure, Reason.STORE_ERROR), failure, now_s)
+            entry.limit_bytes = min(entry.limit_bytes, read.begin)
+            chunk.error = failure
+        if entry.is_cut:
+            self._end_early(chunk, read.version, now_s)
 
-    def _give_up(
-        self, chunk: ChunkProgress, reason: Reason, error: Exception | None, now_s: float
-    ) -> None:
+    def _end_early(self, chunk: ChunkProgress, version: int, now_s: float) -> None:
         """Read no more of a chunk; what is whole stays good if the rest only failed to come."""
-        if chunk.level is not None and reason is not Reason.DAMAGED:
-            chunk.error, chunk.stage = error, Stage.READY
+        limit = chunk.versions[version].limit_bytes
+        reason = Reason.MISSING if chunk.error is None else reason_of(chunk.error)
+        is_sound = reason is not Reason.DAMAGED
+        if is_sound and any(
+            (read.chunk, read.version) == (chunk.index, version) and read.begin < limit
+            for read in self.reads
+        ):
+            return  # what these bring may be enough
+        if is_sound and chunk.level is not None:
+            chunk.stage = Stage.READY
         else:
-            self._lose(chunk, reason, error, now_s)
+            self._lose(chunk, reason, chunk.error, now_s)
 
     def _wake(self) -> None:
         self._asleep_until_s = -math.inf
