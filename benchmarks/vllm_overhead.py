@@ -21,6 +21,7 @@ import argparse
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,21 @@ TOGETHER = 4
 SCENES = {"alone": 1, "together": TOGETHER, "beside": TOGETHER}
 VOCABULARY = 50_272
 RESAMPLES = 10_000
+# What vLLM calls in a step, on its own thread.
+CALLS = (
+    "on_new_request",
+    "get_num_new_matched_tokens",
+    "update_state_after_alloc",
+    "build_connector_meta",
+    "request_finished",
+    "handle_preemptions",
+    "bind_connector_metadata",
+    "start_load_kv",
+    "wait_for_save",
+    "get_finished",
+    "get_block_ids_with_load_errors",
+    "get_kv_connector_stats",
+)
 
 
 def make_model(folder: Path) -> None:
@@ -89,12 +105,30 @@ class Server:
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
         self.worker = get_kv_transfer_group()
+        self.inside_s = 0.0
+        core: Any = self.llm.llm_engine.engine_core
+        for connector in (core.engine_core.scheduler.connector, self.worker):
+            for name in CALLS:
+                setattr(connector, name, self._timed(getattr(connector, name)))
         self._rng = np.random.default_rng(5)
         self._count = 0
+
+    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Count the time that the engine spends in a call of the connector."""
+
+        def timed(*args: Any, **named: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return call(*args, **named)
+            finally:
+                self.inside_s += time.perf_counter() - begin
+
+        return timed
 
     def run(self, requests: int, *, connected: bool) -> dict[str, float]:
         """Time requests that arrive together: mean TTFT, tokens per second, CPU time of the engine.
 
+        ``inside_s`` is the time in calls of the connector until the last first token.
         connected: whether they are looked up and saved, or leave the connector alone.
         """
         from vllm import SamplingParams
@@ -110,13 +144,19 @@ class Server:
         )
         prompts = self._rng.integers(4, VOCABULARY, (requests, PROMPT_TOKENS)).tolist()
         firsts: dict[str, float] = {}
+        steps, inside, inside_s = 0, self.inside_s, 0.0
         begin, cpu = time.perf_counter(), time.thread_time()
         for prompt in prompts:
             self._count += 1
             engine.add_request(str(self._count), {"prompt_token_ids": prompt}, params)
         while engine.has_unfinished_requests():
-            for output in engine.step():
+            outputs = engine.step()
+            for output in outputs:
                 firsts.setdefault(output.request_id, time.perf_counter() - begin)
+            if inside_s == 0:
+                steps += 1
+                if len(firsts) == requests:
+                    inside_s = self.inside_s - inside
         seconds, cpu = time.perf_counter() - begin, time.thread_time() - cpu
         engine.step()  # the step in which workers hear of the last requests that ended
         while self.worker._worker._saver._backlog_bytes:
@@ -125,6 +165,8 @@ class Server:
             "ttft_s": float(np.mean(list(firsts.values()))),
             "tokens_per_s": requests * (PROMPT_TOKENS + OUTPUT_TOKENS) / seconds,
             "cpu_s": cpu,
+            "inside_s": inside_s,
+            "steps": steps,
         }
 
     def close(self) -> None:
@@ -178,6 +220,20 @@ def measure(server: Server, scene: str, seconds: float, most_pairs: int) -> dict
         "throughput_loss": compared("tokens_per_s", more_is_better=True),
         # Of the thread that runs the model: what other work on the machine disturbs least.
         "engine_cpu_loss": compared("cpu_s"),
+        # What the engine's thread does for the connector until the last first token, and how many
+        # steps it takes until then: one more while a look-up is under way.
+        "inside_s": {
+            "connected": float(np.median([run["inside_s"] for run in runs[True]])),
+            "not_connected": float(np.median([run["inside_s"] for run in runs[False]])),
+        },
+        "inside_share_of_ttft": float(
+            np.median([run["inside_s"] for run in runs[True]])
+            / np.median([run["ttft_s"] for run in runs[False]])
+        ),
+        "steps_to_first_tokens": {
+            "connected": float(np.mean([run["steps"] for run in runs[True]])),
+            "not_connected": float(np.mean([run["steps"] for run in runs[False]])),
+        },
         "saved_chunks": chunks,
         "skipped_chunks": sum(v for k, v in counted.items() if k.startswith("skipped")),
         "staging_s_per_chunk": counted["stage_seconds_total"] / chunks,
@@ -194,6 +250,12 @@ def measure_all(model: Path, quality: str, seconds: float, most_pairs: int) -> l
         for scene in SCENES:
             row = {"quality": quality, **measure(server, scene, seconds, most_pairs)}
             rows.append(row)
+            inside = row["inside_s"]["connected"]
+            print(
+                f"{quality}, {scene}: {1000 * inside:.2f} ms in the connector, "
+                f"{row['inside_share_of_ttft']:.2%} of TTFT",
+                flush=True,
+            )
             for name in ("ttft_loss", "throughput_loss", "engine_cpu_loss"):
                 value = row[name]
                 print(

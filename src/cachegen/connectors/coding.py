@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,10 +11,12 @@ from cachegen.codec.base import Codec
 from cachegen.codec.levels import NAMED
 from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.registry import CODECS, decode, get_codec
-from cachegen.errors import ConfigError
+from cachegen.errors import ConfigError, ProfileError
 from cachegen.profile import Profile, require_profile
 from cachegen.stream.autoprofile import AutoProfile, ProfileStore
 from cachegen.types import ChunkKey
+
+logger = logging.getLogger("vllm.cachegen")
 
 EXACT = ("lossless", "raw")
 
@@ -116,15 +119,28 @@ class ChunkCoder:
         self.coding = coding
         self._profiles = profiles if coding.codec == ProgressiveCodec.name else None
         self._plain = coding.make()
+        self._observes = self._profiles is not None
 
     def encode(self, chunk: KVChunk, key: ChunkKey) -> bytes:
         """Encode a chunk, with the namespace's profile as soon as there is one.
 
-        Raises: as the codec and the store of profiles.
+        Where none can be fitted, chunks are encoded without. Raises: as the codec and the store.
         """
-        profile = None if self._profiles is None else self._profiles.observe(chunk)
+        profile = self._observed(chunk)
         codec = self._plain if profile is None else self.coding.make(profile=profile)
         return codec.encode(chunk, key=key)
+
+    def _observed(self, chunk: KVChunk) -> Profile | None:
+        """Take in a chunk; returns the profile to encode it with, or None."""
+        if self._profiles is None or not self._observes:
+            return None
+        try:
+            return self._profiles.observe(chunk)
+        except ProfileError as error:
+            # The next chunk would only bring the same fit once more.
+            self._observes = False
+            logger.warning("no profile is made, chunks will be larger: %s", error)
+            return None
 
     def decode(self, data: bytes, key: ChunkKey, *, profile: bytes | None) -> KVChunk:
         """Decode an object, or the part of one that was read.
