@@ -210,6 +210,7 @@ NB_MODULE(_core, m) {
           "levels"_a, "out"_a.noconvert(), "type"_a);
 
     bind_fused(m);
+    bind_encode(m);
 
     m.def("isa", [] { return kernels().isa; });
     m.def("select_isa", select_isa, "isa"_a);

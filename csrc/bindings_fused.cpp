@@ -1,14 +1,12 @@
 // The fused decoder as Python sees it. Argument checks are here and in native/fused.py.
 #include <nanobind/stl/string.h>
 
-#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "bindings.h"
 #include "format.h"
 #include "fused_decode.h"
-#include "ladder_encode.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -133,73 +131,6 @@ void finish(const std::string& type, const nb::tuple& target, const Matrix<const
     finish_plane(work);
 }
 
-// Checked views of a coefficient matrix and its digits.
-class MatrixReader {
-public:
-    MatrixReader(const Matrix<const float>& values, const Matrix<int16_t>& coarse,
-                 const nb::sequence& digits)
-        : MatrixReader(coarse, digits) {
-        matrix.values = values.data();
-        require(values.shape(0) == matrix.tokens && values.shape(1) == matrix.channels, "values");
-    }
-    MatrixReader(const Matrix<int16_t>& coarse, const nb::sequence& digits)
-        : matrix{coarse.shape(0), coarse.shape(1), nullptr, coarse.data(), {}} {
-        for (const nb::handle entry : digits) {
-            const auto array = nb::cast<Matrix<uint8_t>>(entry, false);
-            require(array.shape(0) == matrix.tokens && array.shape(1) == matrix.channels, "digits");
-            rows_.push_back(array.data());
-        }
-        require(rows_.size() < kMaxPasses, "passes");
-        matrix.digits = rows_;
-    }
-    LadderMatrix matrix;
-
-private:
-    std::vector<uint8_t*> rows_;
-};
-
-void climb_matrix(const Matrix<const float>& values, const Matrix<int16_t>& coarse,
-                  const nb::sequence& digits) {
-    const MatrixReader reader(values, coarse, digits);
-    nb::gil_scoped_release release;
-    climb(reader.matrix);
-}
-
-void count_matrix(const Matrix<int16_t>& coarse, const nb::sequence& digits,
-                  const Matrix<uint32_t>& counts) {
-    const MatrixReader reader(coarse, digits);
-    require(counts.shape(0) == reader.matrix.channels &&
-                counts.shape(1) == 17 + 6 * reader.matrix.digits.size(), "counts");
-    for (const uint8_t* rows : reader.matrix.digits)
-        require(std::all_of(rows, rows + coarse.size(), [](uint8_t d) { return d < 3; }), "digits");
-    nb::gil_scoped_release release;
-    count_digits(reader.matrix, counts.data());
-}
-
-void matrix_errors(const Matrix<const float>& values, const Matrix<int16_t>& coarse,
-                   const nb::sequence& digits, const Vector<const uint8_t>& classes,
-                   const Array<const float, nb::ndim<4>>& offsets, size_t stride,
-                   const Matrix<double>& errors) {
-    const MatrixReader reader(values, coarse, digits);
-    const size_t passes = reader.matrix.digits.size() + 1;
-    require(offsets.shape(1) == passes && offsets.shape(2) == 2 && offsets.shape(3) == kClasses,
-            "offsets");
-    require(errors.shape(0) == offsets.shape(0) && errors.shape(1) == passes, "errors");
-    require(classes.size() == reader.matrix.channels &&
-                std::all_of(classes.data(), classes.data() + classes.size(),
-                            [](uint8_t c) { return c < kClasses; }) && stride >= 1,
-            "classes");
-    nb::gil_scoped_release release;
-    ladder_errors(reader.matrix, classes.data(), offsets.data(), offsets.shape(0), stride,
-                  errors.data());
-}
-
-void medians(const Matrix<const float>& values, const Vector<float>& out) {
-    require(out.size() == values.shape(1), "medians");
-    nb::gil_scoped_release release;
-    column_medians(values.data(), values.shape(0), values.shape(1), out.data());
-}
-
 }  // namespace
 
 void bind_fused(nb::module_& m) {
@@ -208,13 +139,6 @@ void bind_fused(nb::module_& m) {
     m.def("finish_plane", finish, "type"_a, "target"_a, "values"_a.noconvert(),
           "mean"_a.noconvert(), "factor"_a, "angles"_a.none(), "interleaved"_a,
           "exempt"_a.noconvert());
-    m.def("climb", climb_matrix, "values"_a.noconvert(), "coarse"_a.noconvert(), "digits"_a);
-    m.def("count_digits", count_matrix, "coarse"_a.noconvert(), "digits"_a,
-          "counts"_a.noconvert());
-    m.def("ladder_errors", matrix_errors, "values"_a.noconvert(), "coarse"_a.noconvert(),
-          "digits"_a, "classes"_a.noconvert(), "offsets"_a.noconvert(), "stride"_a,
-          "errors"_a.noconvert());
-    m.def("column_medians", medians, "values"_a.noconvert(), "out"_a.noconvert());
 }
 
 }  // namespace cachegen

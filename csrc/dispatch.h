@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "alias_table.h"
+#include "encode_kernels.h"
 #include "float_bits.h"
 #include "ladder.h"
 
@@ -46,17 +47,6 @@ struct EncodeRun {
     const uint8_t* symbols;   // a block
     unsigned lanes;
     bool uncodable;  // set by the kernel when a symbol had the frequency 0; all else is void then
-};
-
-// Rows of the encoder of `progressive`; see ladder_encode_rows.h.
-struct LadderEncodeRows {
-    void (*climb)(const float* values, size_t size, int16_t* coarse, uint8_t* const* digits,
-                  size_t refinements);
-    void (*errors)(const float* values, size_t size, const int16_t* coarse,
-                   const uint8_t* const* digits, size_t refinements, const float* early,
-                   const float* late, double* errors);
-    void (*order_statistics)(const float* values, size_t rows, size_t columns, size_t rank,
-                             float* out, float* following);
 };
 
 struct Kernels {

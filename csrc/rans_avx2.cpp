@@ -7,8 +7,9 @@
 
 #include "block_avx2.h"
 #include "dispatch.h"
+#include "encode_avx2.h"
 #include "ladder_avx2.h"
-#include "ladder_encode_rows.h"
+#include "encode_rows.h"
 #include "quantize_rows.h"
 #include "rans_simd.h"
 
@@ -262,7 +263,7 @@ constinit const Kernels kAvx2Kernels = {
     .scale_rows = scale_rows,
     .finish_row = {finish_row<KVType::Float16>, finish_row<KVType::BFloat16>,
                    finish_row<KVType::Float32>},
-    .encode_rows = encode_rows(),
+    .encode_rows = with_avx2(encode_rows()),
     .angle_lanes = kLanesInOrder,
     .per_type = {row_kernels<KVType::Float16>(), row_kernels<KVType::BFloat16>(),
                  row_kernels<KVType::Float32>()},

@@ -6,9 +6,10 @@
 
 #include "block_avx2.h"
 #include "dispatch.h"
+#include "encode_avx512.h"
 #include "ladder_avx2.h"
 #include "ladder_avx512.h"
-#include "ladder_encode_rows.h"
+#include "encode_rows.h"
 #include "quantize_rows.h"
 #include "rans_simd.h"
 #include "states_avx512.h"
@@ -254,7 +255,7 @@ constinit const Kernels kAvx512Kernels = {
     .scale_rows = scale_rows,
     .finish_row = {finish_row<KVType::Float16>, finish_row<KVType::BFloat16>,
                    finish_row<KVType::Float32>},
-    .encode_rows = encode_rows(),
+    .encode_rows = with_avx512(encode_rows()),
     .angle_lanes = kAngleLanesAvx512,
     .per_type = {row_kernels<KVType::Float16>(), row_kernels<KVType::BFloat16>(),
                  row_kernels<KVType::Float32>()},

@@ -6,7 +6,7 @@
 #include "block_portable.h"
 #include "dispatch.h"
 #include "ladder_rows.h"
-#include "ladder_encode_rows.h"
+#include "encode_rows.h"
 #include "quantize_rows.h"
 
 namespace cachegen {

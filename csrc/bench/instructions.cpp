@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "encode_tables.h"
 
 using namespace cachegen;
 
@@ -73,24 +74,27 @@ constexpr unsigned kCoarseSymbols = 32;
 constexpr int kLateBelow = 3;
 
 // Each symbol has about 3/4 of the frequency of the one before; none has 0.
-Tables make_tables(size_t alphabet, bool with_escapes) {
+Tables make_tables(size_t alphabet, bool with_escapes, size_t count = kModels) {
     std::vector<uint16_t> freqs;
-    for (size_t n = 0; n < kModels; ++n) {
+    for (size_t n = 0; n < count; ++n) {
         unsigned left = kTotal;
         for (size_t i = alphabet; i-- > 1;) {
             const unsigned rest = left - static_cast<unsigned>(i);
-            freqs.push_back(static_cast<uint16_t>(1 + rest / (4 + n)));
+            freqs.push_back(static_cast<uint16_t>(1 + rest / (4 + n % kModels)));
             left -= freqs.back();
         }
         freqs.push_back(static_cast<uint16_t>(left));
     }
-    const std::vector<uint8_t> escapes(with_escapes ? kModels : 0,
+    const std::vector<uint8_t> escapes(with_escapes ? count : 0,
                                        static_cast<uint8_t>(alphabet - 1));
-    return Tables(freqs, escapes, kModels, alphabet);
+    return Tables(freqs, escapes, count, alphabet);
 }
 
 struct alignas(64) Values {
     int16_t at[kBlockSteps * kLanes];
+};
+struct alignas(64) Floats {
+    float at[kBlockSteps * kLanes];
 };
 struct alignas(64) Bytes {
     uint8_t at[kBlockSteps * kLanes];
@@ -100,7 +104,8 @@ struct alignas(64) Bytes {
 struct Work {
     const Kernels& kernel;
     Tables coarse = make_tables(kCoarseSymbols, true), narrow = make_tables(16, false),
-           refine = make_tables(3, false);
+           refine = make_tables(3, false),
+           refine_pairs = make_tables(3, false, 2 * kModels);
     std::vector<uint16_t> models = std::vector<uint16_t>(kBlockSteps);
     std::vector<uint8_t> words = std::vector<uint8_t>(2 * kLanes * 2 * kBlockSteps);
     std::vector<uint16_t> encoded = std::vector<uint16_t>(kLanes * kBlockSteps);
@@ -239,11 +244,59 @@ struct Work {
         }
         finish("finish_unit", false);
         finish("finish_unit_rope", true);
-        std::vector<float> floats(kBlockSteps * kLanes);
-        for (size_t i = 0; i < floats.size(); ++i) floats[i] = 1.7f * values.at[i];
-        uint8_t* const later[] = {out[0].at, out[1].at};
-        row("encode_climb", 1, 32, [&](size_t size) {
-            kernel.encode_rows.climb(floats.data(), size, sums[0].at, later, 2);
+    }
+
+    // The loops of the encoder of all passes, with two refinements as elsewhere here.
+    void encoder() {
+        constexpr unsigned kRefinements = 2;
+        const LadderEncodeRows& rows = kernel.encode_rows;
+        static Floats floats, sums, lanes;
+        static std::vector<float> zeros(kBlockSteps);
+        for (size_t i = 0; i < kBlockSteps * kLanes; ++i) floats.at[i] = 1.7f * values.at[i];
+        const std::vector<uint32_t> keep(kLanes, ~uint32_t{0});
+        std::vector<uint32_t> largest(kLanes), counts(kMaxCounts), lengths(kWays);
+        const std::byte* memory[kLanes];
+        for (size_t lane = 0; lane < kLanes; ++lane)
+            memory[lane] = reinterpret_cast<const std::byte*>(values.at) + 128 * lane;
+        row("encode_tile", kLanes, 2, [&](size_t count) {
+            rows.read_tile[static_cast<size_t>(KVType::BFloat16)](memory, count, sums.at);
+        });
+        row("encode_turn", kLanes, 2, [&](size_t count) {
+            rows.turn_back(sums.at, count / 2, false, floats.at, floats.at, 0);
+        });
+        row("encode_survey", kLanes, 1, [&](size_t count) {
+            rows.survey_rows(floats.at, count, 1.5f, zeros.data(), keep.data(), sums.at, lanes.at,
+                             largest.data());
+        });
+        static Values codes;
+        row("encode_quantize", kLanes, 1, [&](size_t count) {
+            rows.quantize_rows[kRefinements](
+                {floats.at, count, 1.5f, zeros.data(), 0.5f, keep.data(),
+                 reinterpret_cast<uint16_t*>(codes.at), out[0].at, nullptr, lanes.at});
+        });
+        // What this backend makes of the values is what it counts and codes.
+        rows.quantize_rows[kRefinements](
+            {floats.at, kBlockSteps, 1.5f, zeros.data(), 0.5f, keep.data(),
+             reinterpret_cast<uint16_t*>(codes.at), out[0].at, nullptr, lanes.at});
+        const auto* const code = reinterpret_cast<const uint16_t*>(codes.at);
+        row("encode_count", kLanes, 1, [&](size_t places) {
+            rows.count_channel(code, out[0].at, places, kLanes, kRefinements, counts.data());
+        });
+        const std::vector<int16_t> costs(kMore * 2 * kWays, 3);
+        const std::vector<uint16_t> ones(kMore * 2, 1);
+        row("encode_lengths", 2, 1, [&](size_t pairs) {
+            rows.code_lengths(ones.data(), costs.data(), 2 * pairs, lengths.data());
+        });
+        const EncodeTables tables(coarse, refine_pairs);
+        row("encode_steps", kLanes * (kRefinements + 1), 1, [&](size_t steps) {
+            PassRun runs[kRefinements + 1];
+            for (unsigned pass = 0; pass <= kRefinements; ++pass) {
+                for (uint32_t& state : runs[pass].state) state = kStateMin;
+                runs[pass].words = encoded.data() + pass * (kMore + 1) * kLanes;
+                runs[pass].models = models.data();
+            }
+            rows.encode_steps({code, out[0].at, steps, kLanes, kRefinements, 6, tables.coarse(),
+                               tables.refine(), runs});
         });
     }
 
@@ -257,6 +310,7 @@ struct Work {
                 kernel.scatter(symbols.at, kBlockSteps, out[0].at, kBlockSteps, kLanes);
         });
         ladder();
+        encoder();
     }
 };
 

@@ -68,6 +68,7 @@ inline uint32_t shuffle(uint32_t value, unsigned lane) {
 
 inline unsigned count_bits(uint32_t bits) { return static_cast<unsigned>(std::popcount(bits)); }
 inline void atomic_or(uint32_t* at, uint32_t bits) { *at |= bits; }
+inline void atomic_add(uint32_t* at, uint32_t value) { *at += value; }
 inline void atomic_max(uint32_t* at, uint32_t value) { *at = value > *at ? value : *at; }
 inline float as_float(uint32_t bits) { return float_from_bits(bits); }
 inline uint32_t as_bits(float value) { return bits_from_float(value); }
@@ -75,6 +76,14 @@ inline float product(float a, float b) { return a * b; }
 inline float sum(float a, float b) { return a + b; }
 inline float quotient(float a, float b) { return a / b; }
 inline float nearest_integer(float a) { return std::nearbyintf(a); }
+inline double product(double a, double b) { return a * b; }
+inline double sum(double a, double b) { return a + b; }
+inline double quotient(double a, double b) { return a / b; }
+inline double fused(double a, double b, double c) { return std::fma(a, b, c); }
+inline double nearest_integer(double a) { return std::nearbyint(a); }
+inline double root(double a) { return std::sqrt(a); }
+inline uint64_t bits_of_double(double a) { return std::bit_cast<uint64_t>(a); }
+inline double double_of_bits(uint64_t bits) { return std::bit_cast<double>(bits); }
 
 inline uint32_t bfloat16_pair(float first, float second) {
     using Traits = KVTraits<KVType::BFloat16>;

@@ -3,3 +3,5 @@
 #include "rows.cuh"
 #include "progressive.cuh"
 #include "klt.cuh"
+#include "gather.cuh"
+#include "forward.cuh"

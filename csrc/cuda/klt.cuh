@@ -18,6 +18,15 @@ struct Tile {
 };
 static_assert(sizeof(Tile) == 24);
 
+// Two factors of a product, each as halves: rows of the left one, which is two matrices of `rows` x
+// `stride` one after the other, times rows of the right one, whose second matrix may be missing.
+struct Factors {
+    uint64_t left, right, right_low;
+    uint32_t rows, stride, first_row;
+    uint32_t first_column, end_column;
+    uint32_t depth;
+};
+
 // What 128 threads carry from global to shared memory for one depth of 32 components: 16 bytes at a
 // time, 4 of them a row.
 struct TileLoad {
@@ -30,22 +39,21 @@ CACHEGEN_DEVICE uint4 load_part(uint64_t matrix, uint32_t row, uint32_t rows, ui
     return *at_address<const uint4>(matrix + 2 * (static_cast<uint64_t>(row) * stride + column));
 }
 
-CACHEGEN_DEVICE TileLoad load_tile(const Group& group, const Tile& tile, uint32_t depth) {
+CACHEGEN_DEVICE TileLoad load_tile(const Factors& of, uint32_t depth) {
     TileLoad parts;
     const unsigned row = thread_index() / 4;
     const uint32_t column = depth + thread_index() % 4 * 8;
-    const uint64_t low = group.coefficients + uint64_t{2} * group.tokens * group.stride;
+    const uint64_t low = of.left + uint64_t{2} * of.rows * of.stride;
     for (unsigned i = 0; i < 2; ++i) {
-        const uint32_t token = tile.first_token + row + 32 * i;
-        parts.high[i] = load_part(group.coefficients, token, group.tokens, group.stride, column);
-        parts.low[i] = load_part(low, token, group.tokens, group.stride, column);
+        const uint32_t token = of.first_row + row + 32 * i;
+        parts.high[i] = load_part(of.left, token, of.rows, of.stride, column);
+        parts.low[i] = load_part(low, token, of.rows, of.stride, column);
     }
     for (unsigned i = 0; i < 4; ++i) {
-        const uint32_t channel = tile.first_channel + row + 32 * i;
-        const uint32_t end = tile.first_channel + tile.width;
-        parts.basis[i] = load_part(group.basis, channel, end, group.stride, column);
-        if (group.basis_low)
-            parts.basis_low[i] = load_part(group.basis_low, channel, end, group.stride, column);
+        const uint32_t channel = of.first_column + row + 32 * i;
+        parts.basis[i] = load_part(of.right, channel, of.end_column, of.stride, column);
+        if (of.right_low)
+            parts.basis_low[i] = load_part(of.right_low, channel, of.end_column, of.stride, column);
     }
     return parts;
 }
@@ -54,34 +62,19 @@ CACHEGEN_DEVICE uint32_t pair_at(const uint16_t* matrix, unsigned row, unsigned 
     return *reinterpret_cast<const uint32_t*>(matrix + row * kRowHalves + column);
 }
 
-// The finished value of a channel of a head, own and partner being float values before RoPE.
-CACHEGEN_DEVICE float finished(const Plane& plane, uint32_t token, float own, float partner,
-                               bool turns, uint32_t pair, bool is_second) {
-    float value = own;
-    if (turns) value = turned(own, partner, angle_of(plane, token, pair), is_second);
-    if (plane.divisor != 1) value = quotient(value, plane.divisor);
-    return clamped(value, plane.dtype);
-}
-
-// Items are Tiles, one block each. Warps are 2 x 2, each with 32 tokens x 64 channels.
-CACHEGEN_KERNEL(transform_back)(uint64_t address) {
-    const Launch& launch = *at_address<const Launch>(address);
-    const Tile& tile = at_address<const Tile>(launch.items)[launch.first + block_index()];
-    const Group& group = at_address<const Group>(launch.groups)[tile.group];
+// A tile of the product, 64 x 128, by a block of 2 x 2 warps, each with 32 rows x 64 columns.
+CACHEGEN_DEVICE void multiply_tile(const Factors& of, float (&sums)[2][8][4]) {
     uint16_t* const high = reinterpret_cast<uint16_t*>(block_shared());
     uint16_t* const low = high + kTileTokens * kRowHalves;
     uint16_t* const basis = low + kTileTokens * kRowHalves;
     uint16_t* const basis_low = basis + kTileChannels * kRowHalves;
-    const bool has_low = group.basis_low != 0;
+    const bool has_low = of.right_low != 0;
     const unsigned lane = lane_index(), warp = thread_index() / 32;
     const unsigned first_row = warp / 2 * 32, first_column = warp % 2 * 64;
     const unsigned row = thread_index() / 4, part = thread_index() % 4 * 8;
-    // Components behind the last one that is not zero in this chunk add nothing.
-    const uint32_t depth_end = at_address<const uint32_t>(launch.active)[group.active];
 
-    float sums[2][8][4] = {};
-    TileLoad parts = load_tile(group, tile, 0);
-    for (uint32_t depth = 0; depth < depth_end; depth += kTileDepth) {
+    TileLoad parts = load_tile(of, 0);
+    for (uint32_t depth = 0; depth < of.depth; depth += kTileDepth) {
         sync_block();
         for (unsigned i = 0; i < 2; ++i) {
             *reinterpret_cast<uint4*>(high + (row + 32 * i) * kRowHalves + part) = parts.high[i];
@@ -93,7 +86,7 @@ CACHEGEN_KERNEL(transform_back)(uint64_t address) {
             if (has_low) *reinterpret_cast<uint4*>(basis_low + at) = parts.basis_low[i];
         }
         sync_block();
-        if (depth + kTileDepth < depth_end) parts = load_tile(group, tile, depth + kTileDepth);
+        if (depth + kTileDepth < of.depth) parts = load_tile(of, depth + kTileDepth);
 CACHEGEN_UNROLL
         for (unsigned k = 0; k < kTileDepth; k += 16) {
             const unsigned column = k + lane % 4 * 2;
@@ -127,8 +120,32 @@ CACHEGEN_UNROLL
             }
         }
     }
-
     sync_block();
+}
+
+// The finished value of a channel of a head, own and partner being float values before RoPE.
+CACHEGEN_DEVICE float finished(const Plane& plane, uint32_t token, float own, float partner,
+                               bool turns, uint32_t pair, bool is_second) {
+    float value = own;
+    if (turns) value = turned(own, partner, angle_of(plane, token, pair), is_second);
+    if (plane.divisor != 1) value = quotient(value, plane.divisor);
+    return clamped(value, plane.dtype);
+}
+
+// Items are Tiles, one block each.
+CACHEGEN_KERNEL(transform_back)(uint64_t address) {
+    const Launch& launch = *at_address<const Launch>(address);
+    const Tile& tile = at_address<const Tile>(launch.items)[launch.first + block_index()];
+    const Group& group = at_address<const Group>(launch.groups)[tile.group];
+    const unsigned lane = lane_index(), warp = thread_index() / 32;
+    const unsigned first_row = warp / 2 * 32, first_column = warp % 2 * 64;
+    // Components behind the last one that is not zero in this chunk add nothing.
+    const Factors factors{group.coefficients, group.basis, group.basis_low, group.tokens, group.stride,
+                          tile.first_token, tile.first_channel, tile.first_channel + tile.width,
+                          at_address<const uint32_t>(launch.active)[group.active]};
+    float sums[2][8][4] = {};
+    multiply_tile(factors, sums);
+
     float* const out = reinterpret_cast<float*>(block_shared());
 CACHEGEN_UNROLL
     for (unsigned m = 0; m < 2; ++m)

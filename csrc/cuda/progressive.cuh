@@ -46,12 +46,6 @@ struct Eight {
     float v[kBlockSteps];
 };
 
-CACHEGEN_DEVICE uint32_t model_of(uint32_t group_class, uint32_t below) {
-    int row = static_cast<int>(group_class % kClasses) - 6 * static_cast<int>(below) - kLowestRow;
-    row = row < 0 ? 0 : row > static_cast<int>(kRows) - 1 ? static_cast<int>(kRows) - 1 : row;
-    return group_class / kClasses * kRows + static_cast<uint32_t>(row);
-}
-
 // A small integer as float, without the slow conversion.
 CACHEGEN_DEVICE float small_float(uint32_t n) { return as_float(0x4b000000u | n) - 8388608.0f; }
 

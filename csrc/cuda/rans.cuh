@@ -112,4 +112,11 @@ CACHEGEN_DEVICE unsigned lanes_at(uint32_t tokens, uint32_t places, uint32_t pla
     return (tokens - place + places - 1) / places;
 }
 
+// The frozen model of progressive for a channel, in the pass whose step is 3^below.
+CACHEGEN_DEVICE uint32_t model_of(uint32_t group_class, uint32_t below) {
+    int row = static_cast<int>(group_class % kClasses) - 6 * static_cast<int>(below) - kLowestRow;
+    row = row < 0 ? 0 : row > static_cast<int>(kRows) - 1 ? static_cast<int>(kRows) - 1 : row;
+    return group_class / kClasses * kRows + static_cast<uint32_t>(row);
+}
+
 }  // namespace cachegen

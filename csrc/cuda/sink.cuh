@@ -15,6 +15,12 @@ CACHEGEN_DEVICE uint32_t load_bits(uint64_t address, uint32_t dtype) {
     return bits;
 }
 
+// One that lies where its type wants it.
+CACHEGEN_DEVICE uint32_t load_element(uint64_t address, uint32_t dtype) {
+    if (dtype == kFloat32) return *at_address<const uint32_t>(address);
+    return *at_address<const uint16_t>(address);
+}
+
 CACHEGEN_DEVICE float value_of(uint32_t bits, uint32_t dtype) {
     if (dtype == kFloat32) return as_float(bits);
     return dtype == kBFloat16 ? as_float(bits << 16) : float16_value(bits);

@@ -73,6 +73,7 @@ CACHEGEN_DEVICE uint32_t load_word(const uint16_t* at) {
 
 CACHEGEN_DEVICE unsigned count_bits(uint32_t bits) { return static_cast<unsigned>(__popc(bits)); }
 CACHEGEN_DEVICE void atomic_or(uint32_t* at, uint32_t bits) { atomicOr(at, bits); }
+CACHEGEN_DEVICE void atomic_add(uint32_t* at, uint32_t value) { atomicAdd(at, value); }
 CACHEGEN_DEVICE void atomic_max(uint32_t* at, uint32_t value) { atomicMax(at, value); }
 CACHEGEN_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 CACHEGEN_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
@@ -81,6 +82,18 @@ CACHEGEN_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 CACHEGEN_DEVICE float sum(float a, float b) { return __fadd_rn(a, b); }
 CACHEGEN_DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
 CACHEGEN_DEVICE float nearest_integer(float a) { return rintf(a); }
+CACHEGEN_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
+CACHEGEN_DEVICE double sum(double a, double b) { return __dadd_rn(a, b); }
+CACHEGEN_DEVICE double quotient(double a, double b) { return __ddiv_rn(a, b); }
+CACHEGEN_DEVICE double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+CACHEGEN_DEVICE double nearest_integer(double a) { return rint(a); }
+CACHEGEN_DEVICE double root(double a) { return __dsqrt_rn(a); }
+CACHEGEN_DEVICE uint64_t bits_of_double(double a) {
+    return static_cast<uint64_t>(__double_as_longlong(a));
+}
+CACHEGEN_DEVICE double double_of_bits(uint64_t bits) {
+    return __longlong_as_double(static_cast<long long>(bits));
+}
 
 // D += A * B for A (16 x 16) and B (16 x 8), halves, in the register layout of mma.m16n8k16.
 CACHEGEN_DEVICE void multiply_halves(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

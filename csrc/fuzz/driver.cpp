@@ -301,6 +301,7 @@ int main(int argc, char** argv) {
             fuzz_tables(random, round);
             for (int i = 0; i < 5; ++i) fuzz_quantize(random, round);
             if (round % 16 == 0) fuzz_fused(random, round);
+            if (round % 8 == 0) fuzz_encode(random, round);
         }
     }
     std::printf("%u passed, %u failed\n", passed, failed);

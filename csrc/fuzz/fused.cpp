@@ -11,11 +11,6 @@
 #include "rans.h"
 
 namespace cachegen {
-namespace {
-
-struct LadderTables {
-    std::unique_ptr<Tables> coarse, refine;
-};
 
 // Random tables of the ladder's shape; every symbol can be coded.
 const LadderTables& ladder_tables() {
@@ -45,10 +40,12 @@ const LadderTables& ladder_tables() {
     return all;
 }
 
-unsigned row_of(unsigned both, unsigned below) {
+unsigned ladder_row(unsigned both, unsigned below) {
     const int row = static_cast<int>(both % kClasses) - 6 * static_cast<int>(below) + 24;
     return both / kClasses * kTableRows + static_cast<unsigned>(std::clamp(row, 0, 87));
 }
+
+namespace {
 
 // A group with everything that a FusedGroup only views.
 struct Group {
@@ -156,7 +153,7 @@ Group random_group(Random& random) {
     for (unsigned j = 0; j < present; ++j) {
         std::vector<uint16_t> models(group.channels);
         for (size_t c = 0; c < group.channels; ++c)
-            models[c] = static_cast<uint16_t>(row_of(classes[c], group.passes - 1 - j) *
+            models[c] = static_cast<uint16_t>(ladder_row(classes[c], group.passes - 1 - j) *
                                               (j ? 2 : 1));
         for (uint8_t& symbol : symbols)
             symbol = static_cast<uint8_t>(

@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "alias_table.h"
 #include "format.h"
 
 namespace cachegen {
@@ -61,7 +62,16 @@ inline void random_freqs(Random& random, uint16_t* freqs, size_t size) {
     }
 }
 
-// The fused decoder of `progressive`: see fused.cpp.
+// Random tables of the ladder's shape, and the row of a class (family * 64 + class) for the pass
+// whose step is 3^below.
+struct LadderTables {
+    std::unique_ptr<Tables> coarse, refine;
+};
+const LadderTables& ladder_tables();
+unsigned ladder_row(unsigned both, unsigned below);
+
+// The fused decoder of `progressive`: see fused.cpp; and its encoder: see encode.cpp.
 void fuzz_fused(Random& random, uint64_t round);
+void fuzz_encode(Random& random, uint64_t round);
 
 }  // namespace cachegen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,10 +125,10 @@ def test_nothing_is_written_after_an_abort_in_the_middle_of_a_decode(
     world.put(0, 1)
     gate, decode = Gate(), world.coder.decode
 
-    def slow(data: bytes, key: ChunkKey, *, profile: bytes | None) -> KVChunk:
+    def slow(data: bytes, key: ChunkKey, **options: Any) -> KVChunk:
         if key == key_of(1):
             gate.pass_through()
-        return decode(data, key, profile=profile)
+        return decode(data, key, **options)
 
     monkeypatch.setattr(world.coder, "decode", slow)
     world.loader.start(LoadJob("r", (piece(0, 0, 1), piece(1, 2, 3)), 30.0))

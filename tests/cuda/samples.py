@@ -12,13 +12,18 @@ import ml_dtypes
 import numpy as np
 import xxhash
 
+from cachegen import native
 from cachegen.chunk import KVChunk, LayerKV
+from cachegen.codec import ladder, passes
 from cachegen.codec.cachegen import CacheGenCodec
-from cachegen.codec.container import SIDE, read_header
+from cachegen.codec.container import RANS, SIDE, read_header, write_object
+from cachegen.codec.header import SegmentBody, plane_groups
 from cachegen.codec.int8 import Int8Codec
 from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.raw import RawCodec
+from cachegen.codec.reader import ObjectReader
 from cachegen.codec.registry import decode
+from cachegen.codec.side import GroupSide
 from cachegen.profile import Profile
 from cachegen.types import RopeSpec
 
@@ -149,6 +154,52 @@ def samples() -> Iterator[Sample]:
     window = ragged(draw_kv(2, 2, 64, 16, seed=9, dtype=BFLOAT16))
     for codec in (RawCodec(), Int8Codec(), CacheGenCodec(), ProgressiveCodec()):
         yield Sample(f"{codec.name} ragged", codec.encode(window))
+
+
+def restreamed(kv: KVChunk, codec: ProgressiveCodec, steps: tuple[int, ...]) -> bytes:
+    """Encode without a profile, with other restart points: ``steps`` by pass, over and over."""
+    data = codec.encode(kv)
+    reader = ObjectReader(data)
+    header = reader.header
+    digits: dict[int, tuple[Any, Any]] = {}
+    segments = []
+    for segment in header.segments:
+        group, index = segment.group, segment.pass_index
+        body = data[segment.offset : segment.offset + segment.length]
+        shape = ProgressiveCodec.coded_shape(header, group, 0)[:2]
+        if segment.kind == SIDE:
+            side = GroupSide.from_bytes(memoryview(body), *shape, header.geometry.dtype, plain=True)
+            digits[group] = side.classes, passes.read(reader, group, shape, side.classes)
+        elif segment.kind == RANS:
+            classes, found = digits[group]
+            family, scale = (part.astype(np.int64) for part in np.divmod(classes, ladder.CLASSES))
+            rows = family * ladder.ROWS + ladder.row_of(scale, header.passes - 1 - index)
+            spacing = steps[index % len(steps)]
+            if index == 0:
+                value = found.coarse.astype(np.int64)
+                symbols = (2 * np.abs(value) - (value < 0)).astype(np.uint8)
+                models, tables = rows.astype(np.uint16), passes.coarse_tables()
+                body = native.encode_segment(symbols, models, tables, stream_steps=spacing)
+            else:
+                body = native.encode_segment(
+                    found.digits[index - 1],
+                    (2 * rows).astype(np.uint16),
+                    passes.refine_tables(),
+                    contexts=ladder.contexts(found, index),
+                    stream_steps=spacing,
+                )
+        entry = SegmentBody(group, index, segment.kind, body, segment.distortion, segment.bits)
+        segments.append(entry)
+    plain = header.groups == plane_groups(header.geometry.layers)
+    return write_object(
+        kv,
+        codec_id=header.codec_id,
+        passes=header.passes,
+        params=header.params,
+        segments=segments,
+        groups=None if plain else header.groups,
+        rope=header.rope,
+    )
 
 
 def profiled(*, dim: int = 16, turned: bool = True) -> tuple[Sample, Profile]:

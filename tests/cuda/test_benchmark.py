@@ -15,7 +15,7 @@ from cachegen.native.cuda import emulation
 ROOT = Path(__file__).parents[2]
 ROW = {
     *("kernel", "codec", "geometry", "chunks", "passes", "billed_bits_per_value"),
-    *("output_gb_per_s", "ratio_to_copy"),
+    *("ratio_to_copy", "microseconds"),
 }
 
 
@@ -38,7 +38,24 @@ def test_dry_run(tmp_path: Path) -> None:
     assert {row["codec"] for row in content["rows"]} >= {"progressive", "int8", "cachegen"}
     for row in content["rows"]:
         assert set(row) >= ROW
-        assert row["output_gb_per_s"] > 0 and row["fallbacks"] == 0
+        rate = "output_gb_per_s" if row["kernel"] == "decode" else "input_gb_per_s"
+        assert row[rate] > 0 and row["fallbacks"] == 0
+        assert row.get("equal_to_cpu", True)
+    assert {row["kernel"] for row in content["rows"]} == {"decode", "encode"}
+    assert content["peers"] == {"lmcache": "no device", "nvcomp_ans": "no device"}
     assert len(content["models"]) == 2
     assert len(content["ttft"]) == 10
     assert content["hardware"] and content["date"]
+
+
+@pytest.mark.slow
+def test_damaged_objects_and_encodings() -> None:
+    """What a sanitizer runs on a device runs on the emulation."""
+    if emulation.compiler() is None:
+        pytest.skip("no C++ compiler to build the emulation with")
+    script = ROOT / "benchmarks/gpu_bench/hostile.py"
+    command = [sys.executable, str(script), "--small", "--emulate"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    objects, refused, encoded = (int(word) for word in done.stdout.split() if word.isdigit())
+    assert objects > 40 and refused > 3 and encoded == 15

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cachegen.errors import CacheGenError
-from cachegen.native.cuda import device, plan, source
+from cachegen.native.cuda import device, encode_plan, plan, source
 from cachegen.native.cuda.device import TARGETS, compile_cubin
 
 
@@ -44,7 +44,7 @@ def test_every_kernel_compiles(target: str, tmp_path: Path) -> None:
 def test_kernels_and_python_agree_on_structs() -> None:
     text = source.joined_source()
     sizes = {name: int(size) for name, size in re.findall(r"sizeof\((\w+)\) == (\d+)\)", text)}
-    for name, dtype in plan.SIZES.items():
+    for name, dtype in (plan.SIZES | encode_plan.SIZES).items():
         assert sizes[name] == dtype.itemsize, name
     kernels = re.findall(r"CACHEGEN_KERNEL\((\w+)\)", text)
     assert [name for name in kernels if name != "name"] == sorted(source.KERNELS, key=kernels.index)

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cachegen.chunk import as_numpy, as_torch
+from cachegen.chunk import KVChunk, as_numpy, as_torch
 from cachegen.codec import gpu
+from cachegen.codec.base import Codec
+from cachegen.codec.cachegen import CacheGenCodec
 from cachegen.codec.int8 import Int8Codec
 from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.registry import decode
@@ -33,6 +35,10 @@ from samples import (
 )
 
 pytestmark = pytest.mark.cuda
+ENCODERS = (
+    *(Int8Codec(), Int8Codec(entropy=False), CacheGenCodec(), CacheGenCodec(delta="anchor")),
+    *(CacheGenCodec(tables="parametric"), ProgressiveCodec(), ProgressiveCodec(passes=6)),
+)
 ALL = list(samples())
 
 
@@ -126,3 +132,52 @@ def test_hostile_objects(real: CudaDevice) -> None:
                 decode(data, out=out, profile=sample.profile)
     assert refused > 20
     check(ALL[0])
+
+
+@pytest.mark.parametrize("codec", ENCODERS, ids=lambda codec: str(codec.config()))
+@pytest.mark.parametrize("dtype", [BFLOAT16, np.float16, np.float32])
+def test_encoding_equals_the_cpu(real: CudaDevice, codec: Codec, dtype: Any) -> None:
+    for layers, heads, tokens, dim in ((2, 2, 64, 16), (1, 3, 37, 8), (2, 8, 256, 128)):
+        kv = with_rope(draw_kv(layers, heads, tokens, dim, seed=tokens, dtype=dtype), dim // 2)
+        planes = on_device((layer.keys, layer.values) for layer in kv.layers)
+        chunk = gpu.DeviceChunk(planes, None, kv.first_position, kv.rope)
+        assert gpu.encode(codec, chunk) == codec.encode(kv)
+
+
+def test_encoding_with_a_profile(real: CudaDevice) -> None:
+    for dim in (16, 128):
+        sample, profile = profiled(dim=dim)
+        kv = with_rope(draw_kv(2, 2, 70, dim, seed=20, dtype=BFLOAT16), dim // 2)
+        planes = on_device((layer.keys, layer.values) for layer in kv.layers)
+        chunk = gpu.DeviceChunk(planes, None, kv.first_position, kv.rope)
+        data = gpu.encode(ProgressiveCodec(profile=profile, step=0.05), chunk)
+        assert abs(len(data) - len(sample.data)) <= 8 + len(sample.data) // 100
+        decode(data, profile=profile)
+
+
+def test_encoding_from_blocks_in_a_graph(real: CudaDevice) -> None:
+    """Encoders are captured too: what the blocks hold when a graph is replayed is encoded."""
+    import torch
+
+    chunks = [with_rope(draw_kv(2, 2, 64, 32, seed=s, dtype=BFLOAT16), 16) for s in (5, 6)]
+    slots = np.random.default_rng(1).permutation(128)[:64]
+    cache = torch.zeros((2, 2, 128, 2, 32), dtype=torch.bfloat16, device="cuda")
+
+    def fill(kv: KVChunk) -> None:
+        cache[:, :, torch.from_numpy(slots).cuda()] = as_torch(kv.to_array()).cuda()
+        torch.cuda.synchronize()
+
+    fill(chunks[0])
+    blocks = cache.reshape(2, 2, 16, 8, 2, 32)
+    part = gpu.DeviceChunk(blocks, slots, chunks[0].first_position, chunks[0].rope)
+    stream = torch.cuda.Stream()
+    job = gpu.prepare_encode(ProgressiveCodec(), [part], stream=stream)
+    job.launch()
+    assert job.finish() == [ProgressiveCodec().encode(chunks[0])]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        job.launch(torch.cuda.current_stream())
+    fill(chunks[1])
+    graph.replay()
+    torch.cuda.synchronize()
+    assert job.finish() == [ProgressiveCodec().encode(chunks[1])]

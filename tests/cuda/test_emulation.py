@@ -31,6 +31,7 @@ from samples import (
     golden_script,
     partial,
     profiled,
+    restreamed,
     samples,
     with_rope,
 )
@@ -123,34 +124,17 @@ def test_a_batch_of_several_objects(emulated: EmulatedDevice) -> None:
         begin += kv.tokens
 
 
-def test_what_the_kernels_leave_to_the_cpu(
-    emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_kernels_leave_to_the_cpu(emulated: EmulatedDevice) -> None:
     """Passes with unequal restart points: no encoder writes them, the format allows them."""
-    from cachegen.codec import passes
-
     kv = draw_kv(1, 2, 64, 16, seed=1, dtype=np.float16)
-    original, calls = passes.native.encode_segment, []
-
-    def uneven(*args: object, **options: object) -> bytes:
-        calls.append(options)
-        options["stream_steps"] = 16 if len(calls) % 2 else 32
-        return original(*args, **options)
-
-    monkeypatch.setattr(passes.native, "encode_segment", uneven)
-    data = ProgressiveCodec(passes=2, step=0.5).encode(kv)
-    monkeypatch.undo()
+    data = restreamed(kv, ProgressiveCodec(passes=2, step=0.5), (16, 32))
     check(emulated, Sample("progressive uneven", data), fallbacks=1)
 
 
-def test_streams_that_begin_within_a_head(
-    emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from cachegen.codec import passes
-
-    monkeypatch.setattr(passes, "STREAM_STEPS", 20)
+def test_streams_that_begin_within_a_head(emulated: EmulatedDevice) -> None:
     kv = with_rope(draw_kv(1, 2, 70, 16, seed=1, dtype=BFLOAT16), 8)
-    check(emulated, Sample("progressive odd streams", ProgressiveCodec().encode(kv)))
+    data = restreamed(kv, ProgressiveCodec(), (20,))
+    check(emulated, Sample("progressive odd streams", data))
 
 
 def test_refusals(emulated: EmulatedDevice) -> None:

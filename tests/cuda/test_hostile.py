@@ -12,14 +12,27 @@ import pytest
 
 from cachegen.chunk import KVChunk
 from cachegen.codec import gpu
+from cachegen.codec.cachegen import CacheGenCodec
 from cachegen.codec.container import read_header
+from cachegen.codec.int8 import Int8Codec
+from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.registry import decode
 from cachegen.errors import FormatError
 from cachegen.native.cuda import emulation
 from cachegen.native.cuda.emulation import EmulatedDevice
 
 sys.path.insert(0, str(Path(__file__).parent))
-from samples import Sample, assert_close, damaged, empty_like, profiled, samples
+from samples import (
+    BFLOAT16,
+    Sample,
+    assert_close,
+    damaged,
+    draw_kv,
+    empty_like,
+    profiled,
+    samples,
+    with_rope,
+)
 
 
 def outcome(sample: Sample) -> KVChunk | FormatError:
@@ -120,7 +133,7 @@ def test_under_address_sanitizer() -> None:
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "attacks" in done.stdout
+    assert "attacks" in done.stdout and "encoded" in done.stdout
 
 
 def main() -> None:
@@ -134,6 +147,16 @@ def main() -> None:
             attack(device, Sample(sample.name, damaged(sample.data, rng), sample.profile))
         count += 1
     print(count, "attacks")
+    for codec in (Int8Codec(), CacheGenCodec(delta="anchor"), ProgressiveCodec()):
+        for tokens, dim in ((70, 16), (37, 9)):
+            kv = draw_kv(2, 3, tokens, dim, seed=1, dtype=np.float16)
+            planes = [(layer.keys, layer.values) for layer in kv.layers]
+            assert gpu.encode(codec, gpu.DeviceChunk(planes), device=device) == codec.encode(kv)
+    profile = profiled()[1]
+    kv = with_rope(draw_kv(2, 2, 70, 16, seed=20, dtype=BFLOAT16), 8)
+    chunk = gpu.DeviceChunk([(layer.keys, layer.values) for layer in kv.layers], rope=kv.rope)
+    gpu.encode(ProgressiveCodec(profile=profile), chunk, device=device)
+    print("encoded")
 
 
 if __name__ == "__main__":

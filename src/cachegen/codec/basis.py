@@ -105,6 +105,13 @@ class GroupBasis:
         forward: Floats = self.vectors @ np.linalg.inv(gram)
         return forward
 
+    def forward_matrix(self) -> Floats:
+        """Return what ``analyse`` multiplies centred channels by, (N, K), weights included."""
+        # Blocks are symmetric, so that columns are weighed as rows of the transposed matrix.
+        wide = weigh(self._forward.T.astype(np.float64), self.blocks)
+        matrix: Floats = np.ascontiguousarray(wide.T, np.float32)
+        return matrix
+
     def analyse(self, rows: Floats) -> Floats:
         """Return the components of channels, (T, N) to (T, N) float32."""
         components = np.zeros(rows.shape, np.float32)

@@ -139,7 +139,7 @@ class CacheGenCodec(Codec):
             chunk,
             codec_id=self.codec_id,
             passes=len(passes),
-            params=_pack_params(mode, self.delta, bins),
+            params=pack_params(mode, self.delta, bins),
             segments=payload_order(passes),
             profile=self.profile.digest if mode is TableMode.PROFILE and self.profile else None,
             key=key,
@@ -315,7 +315,9 @@ def matching_profile(profile: Profile | None, digest: bytes | None) -> Profile:
     return require_profile(profile, digest)
 
 
-def _pack_params(mode: TableMode, delta: str, bins: tuple[int, ...]) -> bytes:
+def pack_params(mode: TableMode, delta: str, bins: tuple[int, ...]) -> bytes:
+    """Return the parameters of an object."""
+    """Return the parameters of an object."""
     return _PARAMS.pack(mode.value, ANCHOR_TOKENS if delta == "anchor" else 0) + bytes(bins)
 
 

@@ -48,6 +48,7 @@ _SEGMENT = np.dtype(
 )
 _GROUP = np.dtype([("layer", "<u2"), ("layers", "<u2"), ("planes", "u1"), ("zero", "u1")])
 _CHECKSUM_AT = slice(16, 24)
+_LARGEST_FLOAT = float(np.finfo(np.float32).max)
 _RAGGED, _KEYED, _PROFILED = 1, 2, 4
 
 SIDE, RANS, PACKED, BYTES = 0, 1, 2, 3
@@ -88,17 +89,17 @@ def write_object(
     if ragged:
         ranges = [(layer.begin, layer.tokens) for layer in chunk.layers]
         blocks.append(np.array(ranges, "<u4").tobytes())
-    table = np.zeros(len(segments), _SEGMENT)
-    payload: list[bytes] = []
-    for row, segment in zip(table, segments, strict=True):
-        if len(segment.body) > MAX_SEGMENT_BYTES:
-            raise LimitError("segment bytes", got=len(segment.body), expected=MAX_SEGMENT_BYTES)
-        row["checksum"] = xxhash.xxh3_64_intdigest(segment.body)
-        row["length"] = len(segment.body)
-        row["distortion"] = min(segment.distortion, float(np.finfo(np.float32).max))
-        row["group"], row["pass"] = segment.group, segment.pass_index
-        row["kind"] = segment.kind | segment.bits << 4
-        payload += [segment.body, bytes(-len(segment.body) % 4)]
+    rows: list[tuple[int, int, float, int, int, int]] = []
+    payload: list[bytes | memoryview] = []
+    for segment in segments:
+        size, kind = len(segment.body), segment.kind | segment.bits << 4
+        if size > MAX_SEGMENT_BYTES:
+            raise LimitError("segment bytes", got=size, expected=MAX_SEGMENT_BYTES)
+        checksum = xxhash.xxh3_64_intdigest(segment.body)
+        distortion = min(segment.distortion, _LARGEST_FLOAT)
+        rows.append((checksum, size, distortion, segment.group, segment.pass_index, kind))
+        payload += [segment.body, bytes(-size % 4)]
+    table = np.array(rows, _SEGMENT)
     blocks.append(table.tobytes())
     body = b"".join(block + bytes(-len(block) % 4) for block in blocks)
     header_bytes = _FIXED.size + len(body)

@@ -189,7 +189,7 @@ def encode_matrix(
             freqs = normalize_counts(histogram(symbols >> np.uint8(shift), alphabet_size(levels)))
             side = freqs.astype("<u2").tobytes()
         else:
-            freqs, side = _checked_profile(profile_freqs, channels, levels), b""
+            freqs, side = checked_profile(profile_freqs, channels, levels), b""
         tables, index = native.Tables(_widened(freqs), None), _identity(channels)
     body = native.encode_segment(
         coded,
@@ -240,7 +240,7 @@ def decode_matrix(
     elif len(side):
         raise CorruptError("tables in the object", got=f"{len(side)} bytes", expected="a profile")
     else:
-        freqs = _checked_profile(profile_freqs, channels, levels)
+        freqs = checked_profile(profile_freqs, channels, levels)
     tables = native.Tables(_widened(freqs), None)
     shifts = digit_shifts(shift, channels)
     return native.decode_segment(body, tokens, channels, _identity(channels), tables, shifts=shifts)
@@ -260,7 +260,8 @@ def _widened(freqs: Freqs) -> Freqs:
     return np.pad(freqs, ((0, 0), (0, 1))) if freqs.shape[1] < 2 else freqs
 
 
-def _checked_profile(freqs: Freqs | None, channels: int, levels: int) -> Freqs:
+def checked_profile(freqs: Freqs | None, channels: int, levels: int) -> Freqs:
+    """Return the frequencies of a profile, (C, A). Raises: ProfileError if they do not fit."""
     if freqs is None or freqs.shape != (channels, alphabet_size(levels)):
         raise ProfileError(
             "frequency tables of the profile",

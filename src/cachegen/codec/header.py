@@ -92,11 +92,11 @@ class Header:
 
 @dataclass(frozen=True)
 class SegmentBody:
-    """A segment to be written: its place in the table and its bytes."""
+    """A segment to be written: its place in the table and its bytes, side by side in memory."""
 
     group: int
     pass_index: int
     kind: int
-    body: bytes
+    body: bytes | memoryview
     distortion: float = 0.0
     bits: int = 0

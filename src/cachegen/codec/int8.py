@@ -83,7 +83,7 @@ class Int8Codec(Codec):
             chunk,
             codec_id=self.codec_id,
             passes=1 + self.entropy,
-            params=_PARAMS.pack(self.entropy),
+            params=pack_params(entropy=self.entropy),
             segments=payload_order([coarse, fine]),
             key=key,
         )
@@ -116,6 +116,11 @@ class Int8Codec(Codec):
                     symbols = unpack_bytes(body, shape)
                 _check_range(symbols)
                 native.dequantize(symbols, scales, LEVELS, plane)
+
+
+def pack_params(*, entropy: bool) -> bytes:
+    """Return the parameters of an object."""
+    return _PARAMS.pack(entropy)
 
 
 def _split_digits(symbols: Symbols) -> tuple[int, int, bytes, bytes, Symbols]:

@@ -23,6 +23,8 @@ Floats = NDArray[np.float32]
 Digits = NDArray[np.uint8]
 
 DEAD_ZONE = 0.6
+# Cells of values that become significant after pass 0, in one finest step.
+LATE_CELLS = np.float32(1) / np.float32(2 * DEAD_ZONE)
 FAMILIES = 3
 CLASSES = 64
 CLASSES_PER_FACTOR_3 = 6
@@ -102,28 +104,29 @@ class Ladder:
 def climb(values: Floats, passes: int) -> Ladder:
     """Quantise coefficients, in finest steps, to the digits of all passes.
 
+    A magnitude that pass 0 does not leave at zero is, with 0.4 steps of pass 0 added, cut to an
+    integer: the quotient by that step is the index, the remainder has the digits, in base 3. Any
+    other magnitude is rounded to a multiple of 1.2: its digits in balanced ternary, the first one
+    with the sign, the others plus 1, are those of the passes (docs/fused-encode.md).
     Magnitudes beyond the reach of pass 0 are clamped; see ``reach``.
     """
-    step = np.float32(3.0 ** (passes - 1))
-    magnitude = np.abs(values)
-    index = np.floor(magnitude / step + np.float32(1 - DEAD_ZONE))
-    np.minimum(index, MAX_COARSE, out=index)
+    step = 3 ** (passes - 1)
+    half = (step - 1) // 2
+    magnitude = np.minimum(np.abs(values), np.float32((MAX_COARSE + 1) * step))
+    shifted = (magnitude + np.float32(1 - DEAD_ZONE) * np.float32(step)).astype(np.int32)
+    early = np.minimum(shifted, (MAX_COARSE + 1) * step - 1)
+    late = (magnitude * LATE_CELLS + np.float32(0.5)).astype(np.int32)
+    index = early // step
     negative = values < 0
     coarse = np.where(negative, -index, index).astype(np.int16)
-    significant = index > 0
-    low = (index - np.float32(1 - DEAD_ZONE)) * step
-    width = np.full(values.shape, step, np.float32)
+    seen = index > 0
+    rest = np.where(seen, early % step, np.minimum(late, half) + half)
     digits = []
-    for _ in range(passes - 1):
-        step /= np.float32(3)
-        width /= np.float32(3)
-        third = np.clip(np.floor((magnitude - low) / width), 0, 2)
-        fresh = ~significant & (magnitude >= np.float32(DEAD_ZONE) * step)
-        sign = np.where(fresh, np.where(negative, 0, 2), 1)
-        digits.append(np.where(significant, third, sign).astype(np.uint8))
-        low = np.where(significant, low + third * width, np.float32(DEAD_ZONE) * step)
-        width = np.where(significant, width, np.float32(2 * DEAD_ZONE) * step)
-        significant |= fresh
+    for below in range(passes - 2, -1, -1):
+        digit, rest = np.divmod(rest, 3**below)
+        sign = ~seen & negative & (digit == 2)
+        digits.append(np.where(sign, 0, digit).astype(np.uint8))
+        seen |= digit != 1
     return Ladder(coarse, tuple(digits))
 
 
@@ -179,11 +182,21 @@ def class_offsets(total: int, present: int, decay: int) -> Floats:
     Returns: (2, 64) float32: for values significant since pass 0, and for those since a later pass.
         With csrc/ladder.h's numbers v, ``descend`` gives v + offset, or 0.6 v + offset.
     """
+    early, late = cell_shares(total, present, decay)
+    late = np.float32(2 * DEAD_ZONE) * late
+    return np.stack([early - np.float32((1 - DEAD_ZONE) * 3 ** (present - 1)), late])
+
+
+def cell_shares(total: int, present: int, decay: int) -> Floats:
+    """Return where values of each class lie in their cells, as shares of the width.
+
+    total, present, decay: as in ``class_offsets``. Returns: (2, 64) float32: cells of one step, of
+        values significant since pass 0, and of 1.2 steps.
+    """
     step = np.float32(3.0 ** (total - present))
     slope = (np.sqrt(2.0) * (decay / 64) / deviation_of(np.arange(CLASSES))).astype(np.float32)
     wide = np.float32(2 * DEAD_ZONE)
-    early = centroid(step * slope) - np.float32((1 - DEAD_ZONE) * 3 ** (present - 1))
-    return np.stack([early, wide * centroid(wide * step * slope)]).astype(np.float32)
+    return np.stack([centroid(step * slope), centroid(wide * step * slope)])
 
 
 def centroid(fall: Floats) -> Floats:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cachegen import native
 from cachegen.codec.container import BYTES, PACKED, RANS, SIDE
-from cachegen.codec.entropy import pack, unpack, unpack_bytes
+from cachegen.codec.entropy import unpack, unpack_bytes
 from cachegen.codec.header import SegmentBody
 from cachegen.codec.ladder import (
     CLASSES,
@@ -18,9 +18,8 @@ from cachegen.codec.ladder import (
     MAX_COARSE,
     ROWS,
     Digits,
-    Floats,
     Ladder,
-    class_offsets,
+    cell_shares,
     coarse_freqs,
     contexts,
     refine_freqs,
@@ -34,9 +33,10 @@ ESCAPE_BITS = 8
 DIGIT_BITS = 2
 # Streams this long make lane states cheap (0.008 bit/value a pass); they still are restart points.
 STREAM_STEPS = 4096
-_DECAYS = (0, 32, 64, 96)
-DECAY_SAMPLE = 8
-_OFFSETS = range(-12, 13)
+# How densities may fall within cells, in 1/64; see ``ladder.descend``.
+DECAYS = (0, 32, 64, 96)
+# Code lengths are sums of whole numbers, in 1/1024 bit, so that every machine finds the same.
+COST_UNIT = 1024
 
 
 @functools.cache
@@ -84,90 +84,43 @@ def _refine_costs() -> NDArray[np.float64]:
     return -np.log2(refine_freqs() / TOTAL).reshape(FAMILIES, ROWS, 6)
 
 
-def _code_lengths(ladder: Ladder) -> NDArray[np.float64]:
-    """Return the bits of every channel under every family and class, (families * classes, N)."""
-    scale = np.arange(CLASSES)
-    histograms = native.count_digits(ladder.coarse, ladder.digits)
-    bits = np.zeros((FAMILIES * CLASSES, ladder.coarse.shape[1]))
-    for index, counts in enumerate(histograms):
-        rows = row_of(scale, ladder.passes - 1 - index)
-        costs = (_coarse_costs() if index == 0 else _refine_costs())[:, rows]
-        bits += costs.reshape(len(bits), -1) @ np.ascontiguousarray(counts.T)
-    return bits
-
-
-def fit_classes(ladder: Ladder) -> NDArray[np.uint8]:
-    """Choose for every channel the family and class with the shortest code: family * 64 + class."""
-    best: NDArray[np.uint8] = _code_lengths(ladder).argmin(axis=0).astype(np.uint8)
-    return best
-
-
-def fit_offset(ladder: Ladder, classes_at: Callable[[int], NDArray[np.uint8]]) -> int:
-    """Choose the shift of a profile's classes with the shortest code."""
-    bits = _code_lengths(ladder)
-    columns = np.arange(bits.shape[1])
-    return min(_OFFSETS, key=lambda shift: float(bits[classes_at(shift), columns].sum()))
-
-
-def fit_decay(
-    scaled: Floats, ladder: Ladder, scale_class: NDArray[np.integer]
-) -> tuple[int, list[float]]:
-    """Choose the decay within cells that reconstructs best, on a sample of the tokens.
-
-    Returns: the decay in 1/64, and the squared error left after each pass, in squared finest steps.
-    """
-
-    offsets = np.stack([_offsets(ladder.passes, decay) for decay in _DECAYS])
-    classes = np.ascontiguousarray(scale_class, np.uint8)
-
-    def errors(offsets: Floats, stride: int) -> NDArray[np.float64]:
-        return native.ladder_errors(
-            scaled, ladder.coarse, ladder.digits, classes=classes, offsets=offsets, stride=stride
-        )
-
-    # Relative errors of all passes count the same.
-    sampled = np.log(np.maximum(errors(offsets, DECAY_SAMPLE), 1e-30)).sum(axis=1)
-    best = int(sampled.argmin())
-    return _DECAYS[best], errors(offsets[best : best + 1], 1)[0].tolist()
+@functools.cache
+def encode_tables() -> native.EncodeTables:
+    """Return the frozen tables for the encoder."""
+    return native.EncodeTables(coarse_tables(), refine_tables())
 
 
 @functools.cache
-def _offsets(total: int, decay: int) -> Floats:
-    """Return the offsets of every pass and class, (passes, 2, 64) float32."""
-    return np.stack([class_offsets(total, present, decay) for present in range(1, total + 1)])
+def code_costs(count: int) -> NDArray[np.int16]:
+    """Return the cost of everything that is counted, (pairs, 192, 2), in 1/1024 bit.
+
+    Counted are magnitudes 0 to 15 and larger of pass 0, nothing, and for each later pass the digits
+    in context 0, then in context 1. The ways to code a channel are family * 64 + class.
+    """
+    scale = np.arange(CLASSES)
+    ways = FAMILIES * CLASSES
+    coarse = _coarse_costs()[:, row_of(scale, count - 1)].reshape(ways, -1)
+    columns = [coarse, np.zeros((ways, 1))]
+    for index in range(1, count):
+        rows = row_of(scale, count - 1 - index)
+        columns.append(_refine_costs()[:, rows].reshape(ways, -1))
+    costs = np.rint(np.concatenate(columns, axis=1) * COST_UNIT).astype(np.int16)
+    return np.ascontiguousarray(costs.reshape(ways, -1, 2).transpose(1, 0, 2))
 
 
-def write(
-    group: int, ladder: Ladder, classes: NDArray[np.uint8], distortions: Sequence[float]
-) -> list[SegmentBody]:
-    """Code all passes of a group."""
-    family, scale = classes // CLASSES, classes % CLASSES
-    value = ladder.coarse.astype(np.int64)
-    symbols = (2 * np.abs(value) - (value < 0)).astype(np.uint8)
-    rows = family.astype(np.int64) * ROWS + row_of(scale, ladder.passes - 1)
-    body = native.encode_segment(
-        symbols, rows.astype(np.uint16), coarse_tables(), stream_steps=STREAM_STEPS
+@functools.cache
+def centroid_shares(count: int) -> NDArray[np.float64]:
+    """Return where values lie in their cells, (decays, passes, 2, 64), as shares of the width.
+
+    The third axis: cells of one step, of values significant since pass 0, and of 1.2 steps.
+    """
+    return np.array(
+        [
+            [cell_shares(count, present, decay) for present in range(1, count + 1)]
+            for decay in DECAYS
+        ],
+        np.float64,
     )
-    if len(body) < symbols.size:
-        segments = [SegmentBody(group, 0, RANS, body, distortions[0])]
-    else:
-        segments = [SegmentBody(group, 0, BYTES, symbols.tobytes(), distortions[0])]
-    for index, digits in enumerate(ladder.digits, 1):
-        rows = family.astype(np.int64) * ROWS + row_of(scale, ladder.passes - 1 - index)
-        body = native.encode_segment(
-            digits,
-            (2 * rows).astype(np.uint16),
-            refine_tables(),
-            contexts=contexts(ladder, index),
-            stream_steps=STREAM_STEPS,
-        )
-        packed = pack(digits, DIGIT_BITS) if len(body) >= digits.size // 4 else b""
-        if packed and len(packed) <= len(body):
-            entry = SegmentBody(group, index, PACKED, packed, distortions[index], DIGIT_BITS)
-        else:
-            entry = SegmentBody(group, index, RANS, body, distortions[index])
-        segments.append(entry)
-    return segments
 
 
 def read(

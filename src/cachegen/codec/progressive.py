@@ -12,34 +12,25 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cachegen import native
 from cachegen.chunk import KVChunk
-from cachegen.codec import ladder, passes
+from cachegen.codec import passes
 from cachegen.codec.base import Codec
 from cachegen.codec.basis import (
-    GroupBasis,
     ModelBasis,
-    group_matrix,
     load_basis,
-    outlier_tokens,
     plain_basis,
-    planes_of_group,
 )
-from cachegen.codec.container import SIDE, write_object
+from cachegen.codec.container import write_object
 from cachegen.codec.fused import channels_of, decode_plain
+from cachegen.codec.fused_encode import FusedEncoder, encode_chunk
 from cachegen.codec.fused_profile import decode_with_profile
-from cachegen.codec.header import Group, Header, SegmentBody, plane_groups
+from cachegen.codec.header import Header, plane_groups
 from cachegen.codec.reader import ObjectReader
-from cachegen.codec.reference import profile_classes
-from cachegen.codec.side import GroupSide
 from cachegen.codec.target import Target
-from cachegen.errors import ConfigError, CorruptError, NonFiniteError, ProfileError
+from cachegen.errors import ConfigError, CorruptError, ProfileError
 from cachegen.profile import Profile, require_profile
-from cachegen.types import Array, ChunkKey
-
-Floats = NDArray[np.float32]
+from cachegen.types import ChunkKey
 
 DEFAULT_SINK_TOKENS = 1
 MAX_SINK_TOKENS = 64
@@ -49,7 +40,6 @@ PLAIN_LADDER = (4, 0.3)
 PROFILE_LADDER = (4, 0.12)
 MEASURED_LADDER = (5, 0.22)
 MAX_PASSES = 6
-MAX_MAGNITUDE = 2.0**100
 _PARAMS = struct.Struct("<BBHffff")
 
 
@@ -113,38 +103,24 @@ class ProgressiveCodec(Codec):
         uses_profile = self.profile is not None and chunk.is_uniform
         if uses_profile and self.profile is not None:
             basis = load_basis(self.profile, chunk.geometry)
-            if self.profile.meta.get("before_rope") != (chunk.rope is not None):
-                raise ProfileError(
-                    "RoPE of the chunk",
-                    got="known" if chunk.rope else "unknown",
-                    expected="known" if chunk.rope is None else "unknown",
-                    remedy="calibrate on captures of the same kind",
-                )
+            self.check_rope(chunk)
         else:
             basis = plain_basis(chunk)
-        count, relative = self._ladder(basis, uses_profile=uses_profile)
+        count, relative = self.ladder_of(basis)
         sinks = np.arange(max(0, self.sink_tokens - chunk.first_position))
-        groups = [_Prepared.of(chunk, *pair, basis, also=sinks) for pair in _pairs(basis)]
-        values = sum(group.coefficients.size for group in groups)
-        energy = sum(group.energy for group in groups)
-        spread = float(np.sqrt(energy / max(values, 1)))
-        step = float(np.float32(relative * spread)) if spread > 0 else 1.0
-        segments: list[SegmentBody] = []
-        reach = ladder.reach(count) * step
-        weights = basis.error_weights()
-        for index, (prepared, pair) in enumerate(zip(groups, _pairs(basis), strict=True)):
-            group = prepared
-            beyond = np.flatnonzero((np.abs(group.coefficients) > reach).any(axis=1))
-            beyond += chunk.layers[pair[0].layer].begin
-            if len(beyond):
-                also = np.union1d(sinks, beyond)
-                group = _Prepared.of(chunk, *pair, basis, also=also)
-            segments += group.encode(index, step, count, weights[index])
+        segments, step, spread = encode_chunk(
+            chunk,
+            basis,
+            sinks=sinks,
+            passes_=count,
+            relative_step=relative,
+            make_encoder=FusedEncoder,
+        )
         return write_object(
             chunk,
             codec_id=self.codec_id,
             passes=count,
-            params=_PARAMS.pack(0, 0, 0, step, basis.value_weight, spread, 0.0),
+            params=pack_params(step, basis.value_weight, spread),
             segments=passes.order(segments),
             groups=None if basis.groups == plane_groups(chunk.geometry.layers) else basis.groups,
             rope=chunk.rope,
@@ -152,10 +128,22 @@ class ProgressiveCodec(Codec):
             key=key,
         )
 
-    def _ladder(self, basis: ModelBasis, *, uses_profile: bool) -> tuple[int, float]:
+    def check_rope(self, chunk: KVChunk) -> None:
+        """Raise ProfileError if the profile was made of keys of another kind."""
+        if self.profile is None:
+            return
+        if self.profile.meta.get("before_rope") != (chunk.rope is not None):
+            raise ProfileError(
+                "RoPE of the chunk",
+                got="known" if chunk.rope else "unknown",
+                expected="known" if chunk.rope is None else "unknown",
+                remedy="calibrate on captures of the same kind",
+            )
+
+    def ladder_of(self, basis: ModelBasis) -> tuple[int, float]:
         """Return the number of passes and the relative finest step."""
         passes_, step = PLAIN_LADDER
-        if uses_profile:
+        if basis.bases[0] is not None:
             measured = basis.is_measured
             passes_, step = MEASURED_LADDER if measured else PROFILE_LADDER
         return self.passes or passes_, step if self.step is None else self.step
@@ -179,102 +167,9 @@ class ProgressiveCodec(Codec):
         return end - begin, channels_of(header, entry), 0
 
 
-def _pairs(basis: ModelBasis) -> list[tuple[Group, GroupBasis | None]]:
-    return list(zip(basis.groups, basis.bases, strict=True))
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A group ready for quantisation.
-
-    coefficients: (T, N) float32, zero in exempt rows. side: what the decoder needs beside digits.
-    energy: sum of their squares, outliers apart.
-    """
-
-    coefficients: Floats
-    side: GroupSide
-    statistics: GroupBasis | None
-    energy: float
-
-    @classmethod
-    def of(
-        cls,
-        chunk: KVChunk,
-        group: Group,
-        statistics: GroupBasis | None,
-        basis: ModelBasis,
-        *,
-        also: NDArray[np.int64],
-    ) -> _Prepared:
-        """Transform a group. also: tokens of the chunk to exempt beside the outliers."""
-        rows = group_matrix(chunk, group, basis.value_weight)
-        if rows.size and not float(np.abs(rows).max()) <= MAX_MAGNITUDE:
-            _refuse_non_finite(chunk, group)
-        # Tokens of the chunk become rows of what these layers hold.
-        held = also - chunk.layers[group.layer].begin
-        held = held[(held >= 0) & (held < len(rows))]
-        centred = rows if statistics is None else statistics.analyse(rows)
-        # A profile's classes are not spoilt by a few wide tokens: coding those costs less than
-        # storing them. They do not set the step of the others.
-        odd = outlier_tokens(centred)
-        outliers = (np.union1d(odd, held) if statistics is None else held).astype(np.int64)
-        exempt = np.concatenate(
-            [
-                _flat(chunk.layers[layer].plane(is_value=side)[outliers])
-                for layer, side in planes_of_group(group)
-            ],
-            axis=1,
-        )
-        side = GroupSide.empty(rows.shape[1], outliers, exempt)
-        if statistics is None:
-            side = side.with_mean(np.delete(rows, outliers, axis=0))
-            centred = rows - side.mean
-        centred[outliers] = 0
-        wide = np.square(centred[odd], dtype=np.float64).sum()
-        energy = float(np.square(centred, dtype=np.float64).sum() - wide)
-        return cls(centred, side, statistics, max(energy, 0.0))
-
-    def encode(self, index: int, step: float, count: int, weight: float) -> list[SegmentBody]:
-        """Code all passes. weight: what a squared error of this group counts in the table."""
-        scaled = self.coefficients / np.float32(step)
-        digits = ladder.Ladder(*native.climb(scaled, count))
-        if self.statistics is None:
-            classes = passes.fit_classes(digits)
-            side = self.side.with_classes(classes)
-        else:
-            offset = passes.fit_offset(
-                digits, lambda shift: profile_classes(self.statistics, step, shift)
-            )
-            classes = profile_classes(self.statistics, step, offset)
-            side = self.side.with_offset(offset)
-        scale_class = classes % ladder.CLASSES
-        decay, errors = passes.fit_decay(scaled, digits, scale_class)
-        distortions = [error * step * step * weight for error in errors]
-        body = side.with_decay(decay).to_bytes(plain=self.statistics is None)
-        return [
-            SegmentBody(index, 0, SIDE, body, distortions[0]),
-            *passes.write(index, digits, classes, distortions),
-        ]
-
-
-def _flat(plane: Array) -> Array:
-    """Join heads and dimensions: (T, H, D) to (T, H*D), also for no tokens."""
-    return plane.reshape(plane.shape[0], plane.shape[1] * plane.shape[2])
-
-
-def _refuse_non_finite(chunk: KVChunk, group: Group) -> None:
-    for layer, side in planes_of_group(group):
-        plane = chunk.layers[layer].plane(is_value=side).astype(np.float32)
-        bad = np.argwhere(~(np.abs(plane) <= MAX_MAGNITUDE))
-        if len(bad):
-            token, head, dim = (int(i) for i in bad[0])
-            raise NonFiniteError(
-                f"{'V' if side else 'K'} of layer {layer}, token {token}, head {head}, "
-                f"dimension {dim}",
-                got=plane[token, head, dim],
-                expected="a finite magnitude up to 2^100",
-                remedy="use the raw codec, which keeps such values, or drop the prompt",
-            )
+def pack_params(step: float, value_weight: float, spread: float) -> bytes:
+    """Return the parameters of an object; spread: what the finest step is relative to."""
+    return _PARAMS.pack(0, 0, 0, step, value_weight, spread, 0.0)
 
 
 def unpack_params(header: Header) -> tuple[float, float]:

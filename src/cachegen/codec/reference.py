@@ -54,10 +54,15 @@ def decode_group(
     _write_group(header, target, group, statistics, side, values, value_weight)
 
 
+def profile_base(statistics: GroupBasis, step: float) -> NDArray[np.uint8]:
+    """Return the class of every component before the shift, from its deviation in the profile."""
+    return ladder.class_of(statistics.deviation / np.float64(np.float32(step)))
+
+
 def profile_classes(statistics: GroupBasis | None, step: float, offset: int) -> NDArray[np.uint8]:
-    """Return family * 64 + class of every component, from its deviation in the profile."""
+    """Return family * 64 + class of every component."""
     assert statistics is not None
-    base = ladder.class_of(statistics.deviation / np.float64(np.float32(step))).astype(np.int64)
+    base = profile_base(statistics, step).astype(np.int64)
     shifted = np.clip(base + offset, 0, ladder.CLASSES - 1)
     return (statistics.families * ladder.CLASSES + shifted).astype(np.uint8)
 

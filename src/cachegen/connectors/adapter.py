@@ -18,10 +18,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from cachegen.chunk import KVChunk
 from cachegen.connectors.coding import ChunkCoder, Coding
+from cachegen.connectors.device_blocks import DeviceBlocks
 from cachegen.connectors.metrics import Counters
 from cachegen.errors import DtypeError, GeometryError, NonFiniteError, StoreError
 from cachegen.settings import Settings
@@ -32,7 +33,6 @@ from cachegen.stream.outcome import FetchedChunk, FetchReport, Reason
 from cachegen.stream.outcome import reason_of as fetch_reason
 from cachegen.stream.plan import Policy
 from cachegen.stream.policies import DeadlinePolicy, FixedPolicy, get_policy
-from cachegen.types import Array, ChunkKey
 
 logger = logging.getLogger("vllm.cachegen")
 
@@ -92,11 +92,14 @@ class LoadReport:
 class BlockCache(Protocol):
     """The paged cache of an engine, see ``paged.PagedCache``."""
 
-    def to_blocks(self, chunk: KVChunk) -> list[Array]:
+    def room(self, tokens: int) -> DeviceBlocks | None:
+        """Return memory on the GPU to decode a chunk to, or None to decode on the host."""
+
+    def to_blocks(self, chunk: KVChunk | DeviceBlocks) -> list[Any]:
         """Turn a chunk into the blocks of every layer. Raises: GeometryError."""
 
     def write_layer(
-        self, layer: int, blocks: Array, block_ids: Sequence[int], *, skip_blocks: int = 0
+        self, layer: int, blocks: Any, block_ids: Sequence[int], *, skip_blocks: int = 0
     ) -> None:
         """Write one layer's blocks."""
 
@@ -218,8 +221,9 @@ class Loader:
         self._fetcher.close()
         self._mender.shutdown(wait=False, cancel_futures=True)
 
-    def _decode(self, data: bytes, item: FetchedChunk) -> KVChunk:
-        return self._coder.decode(data, item.key, profile=item.profile)
+    def _decode(self, data: bytes, item: FetchedChunk) -> Any:
+        room = self._cache.room(self._settings.chunk_tokens)
+        return self._coder.decode(data, item.key, profile=item.profile, room=room)
 
     def _write(self, load: _Load, item: FetchedChunk) -> None:
         """Write a chunk layer by layer, as long as the fence is open."""
@@ -296,7 +300,5 @@ def names_of(
     namespaces: Sequence[bytes], chain: bytes, coder_label: dict[str, object]
 ) -> list[str]:
     """Return the names of a chunk's objects, one per rank's namespace; a hit needs all of them."""
-    keys: list[ChunkKey] = [
-        chunk_keys(namespace, [chain], coder_label)[0] for namespace in namespaces
-    ]
+    keys = (chunk_keys(namespace, [chain], coder_label)[0] for namespace in namespaces)
     return [key.name for key in keys]

@@ -11,6 +11,7 @@ from cachegen.codec.base import Codec
 from cachegen.codec.levels import NAMED
 from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.registry import CODECS, decode, get_codec
+from cachegen.connectors.device_blocks import DeviceBlocks
 from cachegen.errors import ConfigError, ProfileError
 from cachegen.profile import Profile, require_profile
 from cachegen.stream.autoprofile import AutoProfile, ProfileStore
@@ -121,35 +122,50 @@ class ChunkCoder:
         self._plain = coding.make()
         self._observes = self._profiles is not None
 
-    def encode(self, chunk: KVChunk, key: ChunkKey) -> bytes:
-        """Encode a chunk, with the namespace's profile as soon as there is one.
+    def encode(self, chunk: KVChunk | DeviceBlocks, key: ChunkKey) -> bytes:
+        """Encode a chunk where it lies, with the namespace's profile as soon as there is one.
 
         Where none can be fitted, chunks are encoded without. Raises: as the codec and the store.
         """
         profile = self._observed(chunk)
         codec = self._plain if profile is None else self.coding.make(profile=profile)
+        if isinstance(chunk, DeviceBlocks):
+            return chunk.encode(codec, key)
         return codec.encode(chunk, key=key)
 
-    def _observed(self, chunk: KVChunk) -> Profile | None:
+    def _observed(self, chunk: KVChunk | DeviceBlocks) -> Profile | None:
         """Take in a chunk; returns the profile to encode it with, or None."""
         if self._profiles is None or not self._observes:
             return None
         try:
-            return self._profiles.observe(chunk)
+            # Profiles are made on the host.
+            seen = chunk.to_host() if isinstance(chunk, DeviceBlocks) else chunk
+            return self._profiles.observe(seen)
         except ProfileError as error:
             # The next chunk would only bring the same fit once more.
             self._observes = False
             logger.warning("no profile is made, chunks will be larger: %s", error)
             return None
 
-    def decode(self, data: bytes, key: ChunkKey, *, profile: bytes | None) -> KVChunk:
+    def decode(
+        self,
+        data: bytes,
+        key: ChunkKey,
+        *,
+        profile: bytes | None,
+        room: DeviceBlocks | None = None,
+    ) -> KVChunk | DeviceBlocks:
         """Decode an object, or the part of one that was read.
 
-        profile: digest of the profile that the object names, if it does.
+        profile: digest of the profile that the object names, if it does. room: where on a GPU to
+        decode to, if there. Returns: room, or a chunk on the host.
         Raises: as ``cachegen.decode``, ProfileError.
         """
         found = None
         if profile is not None and self._profiles is not None:
             found = self._profiles.find(profile)
         partial = self.coding.quality is not None
+        if room is not None:
+            room.decode(data, key, allow_partial=partial, profile=found)
+            return room
         return decode(data, key=key, allow_partial=partial, profile=found)

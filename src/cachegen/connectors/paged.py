@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from cachegen.chunk import KVChunk, LayerKV, as_numpy
+from cachegen.connectors.device_blocks import DeviceBlocks, find_device
 from cachegen.connectors.layout import BlockLayout
 from cachegen.errors import GeometryError, UnsupportedModelError
+from cachegen.native.cuda.device import Device
 from cachegen.types import Array, Geometry, KVDtype, RopeSpec
 
 
@@ -25,10 +27,11 @@ from cachegen.types import Array, Geometry, KVDtype, RopeSpec
 class StagedBlocks:
     """Blocks of all layers, copied out of the cache.
 
-    ready: waits until the copy is complete and returns the blocks of every layer on the host.
+    ready: waits until the copy is complete and returns the blocks of every layer: on the host, or
+        on the GPU where its kernels encode them.
     """
 
-    ready: Callable[[], list[Array]]
+    ready: Callable[[], list[Any]]
     size_bytes: int
 
 
@@ -38,10 +41,17 @@ class PagedCache:
     caches: one torch tensor per layer, in order of depth. layouts: theirs.
     block_tokens: tokens of a block as the scheduler counts them; the cache's own blocks may be a
         fraction of it.
+    device: whose kernels encode and decode the blocks; None: that of a cache on a GPU, if it has
+        any. The emulated one is for tests.
     """
 
     def __init__(
-        self, caches: Sequence[Any], layouts: Sequence[BlockLayout], *, block_tokens: int
+        self,
+        caches: Sequence[Any],
+        layouts: Sequence[BlockLayout],
+        *,
+        block_tokens: int,
+        device: Device | None = None,
     ) -> None:
         if not caches or len(caches) != len(layouts):
             raise GeometryError(
@@ -66,6 +76,7 @@ class PagedCache:
         # Memory of a CPU cache, as integers: NumPy copies those much faster than bfloat16.
         self._arrays = [_bits(as_numpy(cache)) for cache in caches] if self._on_host else []
         self._stream: Any = None
+        self._device = find_device(caches[0], layouts) if device is None else device
         self._copier = ThreadPoolExecutor(1, "cachegen-copy")
         self._copying: list[Future[list[Array]]] = []
 
@@ -97,21 +108,59 @@ class PagedCache:
         self._copier.shutdown(wait=False)
 
     def to_chunk(
-        self, blocks: Sequence[Array], *, first_position: int, rope: RopeSpec | None
-    ) -> KVChunk:
-        """Turn the blocks of every layer into a chunk. Raises: GeometryError."""
+        self, blocks: Sequence[Any], *, first_position: int, rope: RopeSpec | None
+    ) -> KVChunk | DeviceBlocks:
+        """Turn the blocks of every layer into a chunk; it stays where they are.
+
+        Raises: GeometryError.
+        """
         dtype = self.geometry.dtype.numpy
+        if self._device is not None:
+            return DeviceBlocks.of(
+                [raw.view(dtype) if isinstance(raw, np.ndarray) else raw for raw in blocks],
+                self._layouts,
+                device=self._device,
+                stream=None if self._on_host else self._device_stream(),
+                first_position=first_position,
+                rope=rope,
+            )
         layers = []
         for raw, layout in zip(blocks, self._layouts, strict=True):
             keys, values = layout.unpack(_bits(raw))
             layers.append(LayerKV(keys.view(dtype), values.view(dtype)))
         return KVChunk.from_layers(layers, first_position=first_position, rope=rope)
 
-    def to_blocks(self, chunk: KVChunk) -> list[Array]:
-        """Turn a chunk that fills whole blocks into the blocks of every layer, as integers.
+    def room(self, tokens: int) -> DeviceBlocks | None:
+        """Return new blocks on the GPU for a chunk to be decoded to, or None to decode on the host.
 
+        tokens: of the chunk; whole blocks.
+        """
+        if self._device is None:
+            return None
+        import torch
+
+        first = self._caches[0]
+        stream = None if self._on_host else self._device_stream()
+        # Allotted on the stream that will use it: what had the memory before is done there.
+        with torch.cuda.stream(stream):
+            blocks = [
+                torch.empty(
+                    (tokens // layout.block_tokens, *layout.block_shape),
+                    dtype=first.dtype,
+                    device=first.device,
+                )
+                for layout in self._layouts
+            ]
+        return DeviceBlocks.of(blocks, self._layouts, device=self._device, stream=stream)
+
+    def to_blocks(self, chunk: KVChunk | DeviceBlocks) -> list[Any]:
+        """Turn a chunk that fills whole blocks into the blocks of every layer.
+
+        Returns: integers on the host, or what ``room`` made.
         Raises: GeometryError if the chunk is not of this cache, so that it cannot be written.
         """
+        if isinstance(chunk, DeviceBlocks):
+            return list(chunk.blocks)
         if chunk.geometry != self.geometry or not chunk.is_uniform:
             raise GeometryError(
                 "geometry of a stored chunk", got=chunk.geometry, expected=self.geometry
@@ -122,11 +171,12 @@ class PagedCache:
         ]
 
     def write_layer(
-        self, layer: int, blocks: Array, block_ids: Sequence[int], *, skip_blocks: int = 0
+        self, layer: int, blocks: Any, block_ids: Sequence[int], *, skip_blocks: int = 0
     ) -> None:
         """Write blocks into one layer of the cache.
 
-        blocks: (n, ...), of which the first skip_blocks scheduler blocks are left out.
+        blocks: (n, ...), as ``to_blocks`` returned them, of which the first skip_blocks scheduler
+        blocks are left out.
         block_ids: where the others go.
         """
         layout = self._layouts[layer]
@@ -136,7 +186,8 @@ class PagedCache:
         if len(part) != len(own):
             raise GeometryError("blocks to write", got=len(part), expected=len(own))
         if self._on_host:
-            np.moveaxis(self._arrays[layer], layout.block_axis, 0)[own] = part
+            rows = part if isinstance(part, np.ndarray) else _bits(as_numpy(part))
+            np.moveaxis(self._arrays[layer], layout.block_axis, 0)[own] = rows
         else:
             self._write_device(layer, part, own)
 
@@ -191,7 +242,10 @@ class PagedCache:
         copied.record()
         size_bytes = sum(blocks.numel() * blocks.element_size() for blocks in gathered)
 
-        def ready() -> list[Array]:
+        def ready() -> list[Any]:
+            if self._device is not None:
+                self._device_stream().wait_event(copied)
+                return gathered
             # On a stream of its own: the engine's next steps do not wait for the bus.
             stream = torch.cuda.Stream(device=gathered[0].device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
@@ -200,13 +254,15 @@ class PagedCache:
 
         return StagedBlocks(ready, size_bytes)
 
-    def _write_device(self, layer: int, part: Array, own: Array) -> None:
+    def _write_device(self, layer: int, part: Any, own: Array) -> None:
         import torch
 
         cache, axis = self._caches[layer], self._layouts[layer].block_axis
-        bits = torch.from_numpy(np.ascontiguousarray(part))
         with torch.cuda.stream(self._device_stream()):
-            moved = bits.to(cache.device).view(cache.dtype).movedim(0, axis)
+            if isinstance(part, np.ndarray):
+                bits = torch.from_numpy(np.ascontiguousarray(part))
+                part = bits.to(cache.device).view(cache.dtype)
+            moved = part.movedim(0, axis)
             cache.index_copy_(axis, torch.from_numpy(own).to(cache.device), moved)
 
 

@@ -10,16 +10,16 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 from cachegen.chunk import KVChunk
 from cachegen.connectors.adapter import Piece, logger, reason_of
 from cachegen.connectors.coding import ChunkCoder
+from cachegen.connectors.device_blocks import DeviceBlocks
 from cachegen.connectors.metrics import Counters
 from cachegen.settings import Settings
 from cachegen.store.base import Store
 from cachegen.store.keys import chunk_keys
-from cachegen.types import Array
 
 # Saving waits for the engine to be idle, but not for ever. An engine is idle a moment after a step
 # that computed nothing; where none comes, after a time in which a slow step would have ended.
@@ -36,14 +36,14 @@ class BlockCopy(Protocol):
         """Memory that the copy takes."""
 
     @property
-    def ready(self) -> Callable[[], list[Array]]:
+    def ready(self) -> Callable[[], list[Any]]:
         """Waits for the copy and returns the blocks of every layer."""
 
 
 class ToChunk(Protocol):
     """Turns the blocks of every layer into a chunk."""
 
-    def __call__(self, blocks: list[Array], *, first_position: int) -> KVChunk:
+    def __call__(self, blocks: list[Any], *, first_position: int) -> KVChunk | DeviceBlocks:
         """Return the chunk. Raises: GeometryError."""
 
 

@@ -25,7 +25,13 @@ from cachegen.native.fused import (
     decode_groups,
     finish_plane,
 )
-from cachegen.native.ladder import climb, column_medians, count_digits, ladder_errors
+from cachegen.native.fused_encode import (
+    ChunkEncoder,
+    EncodedGroup,
+    EncodeSource,
+    EncodeTables,
+)
+from cachegen.native.medians import column_medians
 from cachegen.native.threads import threads
 
 _BITS = {2: np.uint16, 4: np.uint32}
@@ -172,22 +178,23 @@ def select_isa(name: str) -> None:
 
 
 __all__ = [
+    "ChunkEncoder",
     "Coefficients",
+    "EncodeSource",
+    "EncodeTables",
+    "EncodedGroup",
     "GroupSource",
     "PlaneTarget",
     "StreamLayout",
     "Tables",
     "available_isas",
-    "climb",
     "column_medians",
-    "count_digits",
     "decode_groups",
     "decode_segment",
     "dequantize",
     "encode_segment",
     "finish_plane",
     "isa",
-    "ladder_errors",
     "quantize",
     "segment_layout",
     "select_isa",

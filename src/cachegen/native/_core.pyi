@@ -8,6 +8,25 @@ from numpy.typing import NDArray
 class Tables:
     def __init__(self, freqs: NDArray[Any], escapes: NDArray[Any] | None) -> None: ...
 
+class EncodeTables:
+    def __init__(self, coarse: Tables, refine: Tables) -> None: ...
+
+class ChunkEncoder:
+    def __init__(self, groups: Sequence[tuple[Any, ...]]) -> None: ...
+    def survey(self, threads: int) -> None: ...
+    def surveyed(self, index: int) -> tuple[bool, float]: ...
+    def encode(
+        self,
+        step: float,
+        passes: int,
+        base_classes: Sequence[NDArray[Any] | None],
+        tables: EncodeTables,
+        costs: NDArray[Any],
+        centroids: NDArray[Any],
+        threads: int,
+    ) -> None: ...
+    def encoded(self, index: int) -> tuple[Any, ...]: ...
+
 def encode_segment(
     symbols: NDArray[Any],
     models: NDArray[Any],
@@ -65,21 +84,6 @@ def finish_plane(
     angles: NDArray[Any] | None,
     interleaved: bool,
     exempt: NDArray[Any],
-) -> None: ...
-def climb(values: NDArray[Any], coarse: NDArray[Any], digits: Sequence[NDArray[Any]]) -> None: ...
-def count_digits(
-    coarse: NDArray[Any],
-    digits: Sequence[NDArray[Any]],
-    counts: NDArray[Any],
-) -> None: ...
-def ladder_errors(
-    values: NDArray[Any],
-    coarse: NDArray[Any],
-    digits: Sequence[NDArray[Any]],
-    classes: NDArray[Any],
-    offsets: NDArray[Any],
-    stride: int,
-    errors: NDArray[Any],
 ) -> None: ...
 def column_medians(values: NDArray[Any], out: NDArray[Any]) -> None: ...
 def isa() -> str: ...

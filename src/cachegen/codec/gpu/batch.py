@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ LANES = 32
 WARPS = 4
 WARP_BYTES = 4816  # kWarpBytes of progressive.cuh
 ROW_SHARED_BYTES = WARPS * 8 * 32 * plan.BUCKET_BYTES
+TRANSFORM_BYTES = 64 * 132 * 4
 MAX_GRID_SHARE = 256
 
 
@@ -54,6 +55,15 @@ class Item:
         return np.uint64(self.base + np.uint64(segment.offset))
 
 
+class Placed(Protocol):
+    """A chunk of a batch: its shape, where its planes lie, which slots are its tokens'."""
+
+    header: Header
+    target: Target
+    mapping: np.uint64
+    errors: list[int]
+
+
 class Batch:
     """Structs of all codecs of a batch, collected object by object."""
 
@@ -82,7 +92,7 @@ class Batch:
         self._models: list[NDArray[Any]] = []
         self.max_half = 0
 
-    def new_error(self, item: Item) -> int:
+    def new_error(self, item: Placed) -> int:
         """Return the index of a new error word of an object."""
         item.errors.append(self.errors)
         self.errors += 1
@@ -97,7 +107,7 @@ class Batch:
 
     def plane(
         self,
-        item: Item,
+        item: Placed,
         layer: int,
         *,
         is_value: bool,
@@ -128,7 +138,7 @@ class Batch:
                 row["interleaved"] = header.rope.interleaved
         return row
 
-    def _rows_of(self, item: Item, place: tuple[int, int, int, int]) -> np.uint64:
+    def _rows_of(self, item: Placed, place: tuple[int, int, int, int]) -> np.uint64:
         key = (id(item), place)
         if key not in self._rows:
             slots, block_slots, block_stride, slot_stride = place
@@ -142,7 +152,9 @@ class Batch:
             self._slots.append(entry)
         return self._rows[key]
 
-    def _angles_of(self, item: Item, rope: RopeSpec, kind: int, begin: int, end: int) -> np.uint64:
+    def _angles_of(
+        self, item: Placed, rope: RopeSpec, kind: int, begin: int, end: int
+    ) -> np.uint64:
         position = item.header.first_position + begin
         frequencies, scale = rope.frequencies[kind], rope.attention_scale[kind]
         key = (position, end - begin, frequencies, scale)
@@ -238,7 +250,9 @@ class Batch:
         if self.tiles:
             one = record.copy()
             one["items"] = job.structs(plan.TILE, self.tiles)
-            job.launch("transform_back", sum(len(part) for part in self.tiles), one, 64 * 132 * 4)
+            job.launch(
+                "transform_back", sum(len(part) for part in self.tiles), one, TRANSFORM_BYTES
+            )
         if self.finishing:
             one = record.copy()
             one["items"] = job.upload.add(np.array(self.finishing, "<u4"))

@@ -1,14 +1,16 @@
-"""What callers see of decoding on a CUDA device."""
+"""What callers see of decoding and encoding on a CUDA device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from cachegen.codec.base import Codec
 from cachegen.codec.container import DEFAULT_MAX_DECODED_BYTES, Buffer
+from cachegen.codec.gpu.encoding import DeviceChunk, EncodeJob, does_encode
 from cachegen.codec.gpu.prepared import Prepared, stream_handle
 from cachegen.codec.gpu.target import Tensor
-from cachegen.errors import GeometryError
+from cachegen.errors import ConfigError, GeometryError
 from cachegen.native.cuda.device import Device, cuda_device
 from cachegen.profile import Profile
 from cachegen.types import ChunkKey
@@ -77,14 +79,7 @@ def prepare(
         raise GeometryError("objects", got=0, expected="at least one")
     if len(objects) > 1 and slot_mapping is None:
         raise GeometryError("slot mapping", got=None, expected="one, for several objects")
-    first = out
-    while isinstance(first, (list, tuple)) and first:
-        first = first[0]
-    index = Tensor.of(first).device
-    if device is None:
-        if index < 0:
-            raise GeometryError("out", got="memory of the host", expected="memory of a CUDA device")
-        device = cuda_device(index)
+    first, device = _device_of(out, device, "out")
     return Prepared(
         device,
         list(objects),
@@ -95,4 +90,69 @@ def prepare(
         allow_partial=allow_partial,
         profile=profile,
         max_decoded_bytes=max_decoded_bytes,
+    )
+
+
+def _device_of(planes: Any, device: Device | None, what: str) -> tuple[Any, Device]:
+    """Return the first tensor and the device of a cache. Raises: GeometryError on the host."""
+    first = planes
+    while isinstance(first, (list, tuple)) and first:
+        first = first[0]
+    index = Tensor.of(first).device
+    if device is None:
+        if index < 0:
+            raise GeometryError(what, got="memory of the host", expected="memory of a CUDA device")
+        device = cuda_device(index)
+    return first, device
+
+
+def encode(
+    codec: Codec,
+    chunk: DeviceChunk,
+    *,
+    key: ChunkKey | None = None,
+    stream: Any = None,
+    device: Device | None = None,
+) -> bytes:
+    """Encode a chunk that lies on a CUDA device; the host sees nothing but what is stored of it.
+
+    codec: of any kind; ``raw`` and ``lossless`` copy the chunk to the host and encode there.
+    key, stream, device: as in ``decode``. Returns: the object.
+    Raises: as ``Codec.encode``; GeometryError, DtypeError, ConfigError without ``cachegen[cuda]``.
+    """
+    if not does_encode(codec):
+        return codec.encode(chunk.to_host(), key=key)
+    job = prepare_encode(codec, [chunk], keys=[key], stream=stream, device=device)
+    job.launch()
+    return job.finish()[0]
+
+
+def prepare_encode(
+    codec: Codec,
+    chunks: Sequence[DeviceChunk],
+    *,
+    keys: Sequence[ChunkKey | None] | None = None,
+    stream: Any = None,
+    device: Device | None = None,
+) -> EncodeJob:
+    """Lay out the launches that encode a batch of chunks.
+
+    codec: ``int8``, ``cachegen`` or ``progressive``. chunks: all on one device.
+    Returns: launches and the way to their objects. They hold 4 bytes for each value, 8 with a
+        profile, and as many as the coded passes may take: prepare few chunks at a time to bound it.
+    Raises: GeometryError, DtypeError, ProfileError, ConfigError.
+    """
+    if not chunks:
+        raise GeometryError("chunks", got=0, expected="at least one")
+    if not does_encode(codec):
+        raise ConfigError(
+            "codec", got=codec.name, expected="int8, cachegen or progressive", remedy="use encode"
+        )
+    first, device = _device_of(chunks[0].planes, device, "chunk")
+    return EncodeJob(
+        device,
+        codec,
+        chunks,
+        [None] * len(chunks) if keys is None else keys,
+        stream=stream_handle(stream, first),
     )

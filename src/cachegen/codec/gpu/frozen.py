@@ -61,7 +61,7 @@ def _build(device: Device, stream: Any) -> FrozenTables:
     record["extra"] = blocks = -(-max(len(freqs) for freqs, _ in sets) // 128)
     job.launch("build_tables", blocks * len(sets), record)
     upload = device.allocate(job.upload_bytes, stream)
-    work = device.allocate(job.work.size_bytes, stream)
+    work = device.allocate(job.workspace_bytes, stream)
     image, launches = job.finish(upload.address, work.address)
     device.upload(upload.address, image, stream)
     for launch in launches:
@@ -127,13 +127,13 @@ def _upload_basis(device: Device, basis: ModelBasis, stream: Any) -> DeviceBasis
 def split_halves(basis: Floats) -> tuple[NDArray[np.float16], NDArray[np.float16], float]:
     """Return two matrices of halves whose sum is (basis / scale) to 22 bits, and the scale.
 
-    basis: (N, N). Rows of the results are padded with zeros to a multiple of 8. The scale is a
+    basis: (R, N). Rows of the results are padded with zeros to a multiple of 8. The scale is a
     power of two that puts the largest value near 1024, so that the lower halves are not subnormal.
     """
-    channels = len(basis)
+    channels = basis.shape[1]
     largest = float(np.abs(basis).max())
     scale = 2.0 ** (np.floor(np.log2(largest)) - 9) if largest > 0 else 1.0
-    scaled = np.zeros((channels, -(-channels // 8) * 8), np.float32)
+    scaled = np.zeros((len(basis), -(-channels // 8) * 8), np.float32)
     scaled[:, :channels] = basis / np.float32(scale)
     high = scaled.astype(np.float16)
     low = (scaled - high.astype(np.float32)).astype(np.float16)

@@ -79,7 +79,7 @@ class Prepared:
             )
             for data, key in zip(objects, keys, strict=True)
         ]
-        mapping = _Mapping(slot_mapping, [reader.header.tokens for reader in readers])
+        mapping = Mapping(slot_mapping, [reader.header.tokens for reader in readers])
         geometry = readers[0].header.geometry
         for reader in readers:
             if reader.header.geometry != geometry:
@@ -112,7 +112,7 @@ class Prepared:
         errors, self._zero_bytes = batch.finish()
         self._errors = batch.errors
         self._upload = device.allocate(batch.job.upload_bytes, stream)
-        self._work = device.allocate(batch.job.work.size_bytes, stream)
+        self._work = device.allocate(batch.job.workspace_bytes, stream)
         self._flags = self._work.address + int(errors ^ plan.WORK)
         self._image, self.launches = batch.job.finish(self._upload.address, self._work.address)
         self.upload_bytes = self._image.nbytes
@@ -161,7 +161,7 @@ class Prepared:
         )
 
 
-class _Mapping:
+class Mapping:
     """Slots of the tokens of a batch, on the host or on the device."""
 
     def __init__(self, mapping: Any, tokens: list[int]) -> None:

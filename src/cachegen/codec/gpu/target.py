@@ -47,6 +47,8 @@ class Tensor:
         dtype is None for types that KV caches do not have, such as int64.
         Raises: GeometryError for other objects.
         """
+        if isinstance(tensor, Tensor):
+            return tensor
         if isinstance(tensor, np.ndarray):
             strides = tuple(step // tensor.itemsize for step in tensor.strides)
             address = tensor.ctypes.data
@@ -127,7 +129,7 @@ class Target:
             them all, (L, 2, ...).
         Raises: GeometryError, DtypeError if it does not fit the geometry.
         """
-        pairs = cls._pairs(out)
+        pairs = cls.pairs(out)
         if len(pairs) != geometry.layers:
             raise GeometryError("layers of the cache", got=len(pairs), expected=geometry.layers)
         places = []
@@ -145,7 +147,8 @@ class Target:
         return cls(tuple(places), geometry.dtype, devices.pop(), owners)
 
     @staticmethod
-    def _pairs(out: Any) -> list[tuple[Tensor, Tensor]]:
+    def pairs(out: Any) -> list[tuple[Tensor, Tensor]]:
+        """Return K and V of every layer of a cache. Raises: GeometryError."""
         if not isinstance(out, (list, tuple)):
             whole = Tensor.of(out)
             if len(whole.shape) < 2 or whole.shape[1] != 2:

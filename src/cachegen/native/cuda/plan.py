@@ -107,7 +107,9 @@ BAD_SLOT = 8
 
 # An address before memory is allotted: an offset in one of the two buffers, or a real address.
 UPLOAD, WORK, ABSOLUTE = np.uint64(1 << 60), np.uint64(1 << 61), np.uint64(1 << 62)
-_TAGS = UPLOAD | WORK | ABSOLUTE
+# What the host asks for afterwards: it lies at the end of the workspace, in one piece.
+RESULTS = np.uint64(1 << 59)
+_TAGS = UPLOAD | WORK | ABSOLUTE | RESULTS
 # Decoders read words up to this far behind a stream, see rans.cuh.
 SLACK_BYTES = 1024
 ALIGNMENT = 256
@@ -148,18 +150,23 @@ class Arena:
             out[offset : offset + part.size] = part
 
 
-def relocate(array: NDArray[Any], upload: int, work: int) -> None:
+def resolve(addresses: Any, upload: int, work: int, results: int) -> Any:
+    """Turn addresses of a plan, one or an array, into real ones."""
+    base = np.where(addresses & UPLOAD, np.uint64(upload), np.uint64(0))
+    base = base + np.where(addresses & WORK, np.uint64(work), np.uint64(0))
+    base = base + np.where(addresses & RESULTS, np.uint64(results), np.uint64(0))
+    return (addresses & ~_TAGS) + base
+
+
+def relocate(array: NDArray[Any], upload: int, work: int, results: int) -> None:
     """Turn the addresses in an array of structs, in place, into real ones."""
     names = array.dtype.names or ()
     for name in names:
         kind = array.dtype[name]
         if kind.subdtype is not None:
-            relocate(array[name], upload, work)
+            relocate(array[name], upload, work, results)
         elif kind == np.uint64 and name != "slots":
-            field = array[name]
-            base = np.where(field & UPLOAD, np.uint64(upload), np.uint64(0))
-            base = base + np.where(field & WORK, np.uint64(work), np.uint64(0))
-            field[...] = (field & ~_TAGS) + base
+            array[name][...] = resolve(array[name], upload, work, results)
 
 
 class Plan:
@@ -171,6 +178,7 @@ class Plan:
     def __init__(self) -> None:
         self.upload = Arena(UPLOAD)
         self.work = Arena(WORK)
+        self.results = Arena(RESULTS)
         self._structs: list[NDArray[Any]] = []
         self._launches: list[tuple[str, int, int]] = []
         self._records: list[NDArray[Any]] = []
@@ -199,14 +207,15 @@ class Plan:
     ) -> tuple[NDArray[np.uint8], list[tuple[str, int, int, int]]]:
         """Return the bytes to upload and the launches (kernel, grid, shared bytes, argument).
 
-        upload, work: device addresses of buffers of ``upload_bytes`` and ``work.size_bytes``.
+        upload, work: device addresses of buffers of ``upload_bytes`` and ``workspace_bytes``.
         """
+        results = work + self.results_offset
         records = np.concatenate(self._records) if self._records else np.zeros(0, LAUNCH)
         size = self.upload_bytes
         image = np.zeros(size, np.uint8)
-        relocate(records, upload, work)
+        relocate(records, upload, work, results)
         for array in self._structs:
-            relocate(array, upload, work)
+            relocate(array, upload, work, results)
         self.upload.write(image)
         begin = size - SLACK_BYTES - records.nbytes
         begin -= begin % 16
@@ -216,6 +225,16 @@ class Plan:
             for index, (kernel, grid, shared) in enumerate(self._launches)
         ]
         return image, launches
+
+    @property
+    def results_offset(self) -> int:
+        """Where in the workspace the results begin."""
+        return -(-self.work.size_bytes // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Size of the buffer that the kernels work in, results included."""
+        return self.results_offset + self.results.size_bytes
 
     @property
     def upload_bytes(self) -> int:

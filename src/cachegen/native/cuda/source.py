@@ -14,6 +14,20 @@ KERNELS = (
     *("build_tables", "map_rows", "rope_table", "put_exempt", "decode_rows", "copy_rows"),
     *(f"decode_progressive_{passes}" for passes in range(1, 7)),
     *("transform_back", "finish_values"),
+    *("build_inverses", "load_values", "column_medians", "row_norms", "find_outliers"),
+    *(
+        "survey_columns",
+        "survey_tokens",
+        "set_means",
+        "find_odd",
+        "sum_squares",
+        "choose_step",
+        "fit_classes",
+        "choose_offset",
+    ),
+    *("count_bins", "measure_errors", "encode_progressive", "quantise_rows", "fit_parametric"),
+    *("fit_frequencies", "encode_rows", "copy_spans", "write_plain", "split_rows"),
+    "transform_forward",
 )
 
 

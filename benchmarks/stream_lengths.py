@@ -1,0 +1,146 @@
+"""What restart points of ``progressive`` cost in bytes: one encoding for each length of streams.
+
+Shorter streams are decoded by more threads and warps; each stores the states of 32 lanes. The
+reference model's KV is that of held-out text, wide planes are drawn as in ``benchmarks/gpu.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gpu_bench.kv import draw_chunk
+from rich.console import Console
+
+from cachegen import native
+from cachegen.bench.calibrate import captured_contexts
+from cachegen.bench.report import environment, format_cell, write_json
+from cachegen.chunk import KVChunk
+from cachegen.codec import ladder, passes
+from cachegen.codec.basis import load_basis
+from cachegen.codec.container import RANS, read_header
+from cachegen.codec.header import padded
+from cachegen.codec.levels import NAMED, prefix_bytes
+from cachegen.codec.progressive import ProgressiveCodec
+from cachegen.codec.reader import ObjectReader
+from cachegen.codec.reference import profile_classes
+from cachegen.codec.side import GroupSide
+from cachegen.hf.load import begin_and_text, load_model
+from cachegen.profile import Profile
+from cachegen.types import KVDtype
+
+MODEL = Path(__file__).parents[1] / "models/reference"
+STEPS = (512, 1024, 2048, 4096, 8192)
+CHUNK_TOKENS = 256
+# Layers, KV heads, head dimension: planes as wide as a served model's, few of them.
+WIDE = {"llama-3.1-8b, 2 layers": (2, 8, 128), "qwen2.5-0.5b, 4 layers": (4, 2, 64)}
+COLUMNS = (
+    ("kv", ""),
+    ("profile", ""),
+    ("quality", ""),
+    ("stream_steps", "d"),
+    ("billed_bits_per_value", ".4f"),
+    ("bytes_over_4096", "+.4f"),
+)
+
+
+def chunks_of_reference(tokens: int) -> list[KVChunk]:
+    """Capture held-out text in chunks of 256 tokens, bfloat16."""
+    model, tokenizer = load_model(str(MODEL))
+    text = (MODEL / "eval_text.txt").read_text(encoding="utf-8")
+    begin, ids = begin_and_text(tokenizer, text)
+    captured = captured_contexts(model, ids, tokens=tokens, context=1024, begin=begin)
+    return [part for kv in captured for part in kv.astype(KVDtype.BFLOAT16).split(CHUNK_TOKENS)]
+
+
+def segment_sizes(reader: ObjectReader, profile: Profile | None) -> list[list[int]]:
+    """Return the size of every segment in payload order, for each length of streams."""
+    header = reader.header
+    step = float(np.frombuffer(header.params, "<f4", 1, 4)[0])
+    bases = load_basis(profile, header.geometry).bases if profile else None
+    sizes: dict[tuple[int, int], list[int]] = {}
+    for index in range(len(header.groups)):
+        shape = ProgressiveCodec.coded_shape(header, index, 0)[:2]
+        data = reader.side(index, 0)
+        side = GroupSide.from_bytes(data, *shape, header.geometry.dtype, plain=bases is None)
+        classes = side.classes
+        if bases is not None and bases[index] is not None:
+            classes = profile_classes(bases[index], step, side.class_offset)
+        digits = passes.read(reader, index, shape, classes)
+        family, scale = (part.astype(np.int64) for part in np.divmod(classes, ladder.CLASSES))
+        for j in range(header.passes):
+            rows = family * ladder.ROWS + ladder.row_of(scale, header.passes - 1 - j)
+            if j == 0:
+                value = digits.coarse.astype(np.int64)
+                symbols = (2 * np.abs(value) - (value < 0)).astype(np.uint8)
+                model = rows.astype(np.uint16), passes.coarse_tables()
+                contexts = None
+            else:
+                symbols = digits.digits[j - 1]
+                model = (2 * rows).astype(np.uint16), passes.refine_tables()
+                contexts = ladder.contexts(digits, j)
+            sizes[index, j] = [
+                len(native.encode_segment(symbols, *model, contexts=contexts, stream_steps=steps))
+                for steps in STEPS
+            ]
+    return [
+        sizes[segment.group, segment.pass_index]
+        if segment.kind == RANS
+        else [segment.length] * len(STEPS)
+        for segment in header.segments
+    ]
+
+
+def measure(name: str, chunks: list[KVChunk], profile: Profile | None) -> list[dict[str, Any]]:
+    """Encode the digits of the same objects at every length of streams."""
+    codec = ProgressiveCodec(profile=profile)
+    values = sum(chunk.value_count for chunk in chunks)
+    sizes = {(quality, steps): 0 for quality in ("whole", *NAMED) for steps in STEPS}
+    for chunk in chunks:
+        data = codec.encode(chunk)
+        header = read_header(data)
+        found = segment_sizes(ObjectReader(data), profile)
+        for quality in ("whole", *NAMED):
+            end = len(data) if quality == "whole" else prefix_bytes(header, quality)
+            kept = [segment.offset < end for segment in header.segments]
+            for index, steps in enumerate(STEPS):
+                lengths = [row[index] for row, keep in zip(found, kept, strict=True) if keep]
+                total = header.header_bytes + sum(map(padded, lengths))
+                assert steps != passes.STREAM_STEPS or total - end in range(4)
+                sizes[quality, steps] += total
+    return [
+        {
+            "kv": name,
+            "profile": profile is not None,
+            "quality": quality,
+            "stream_steps": steps,
+            "chunks": len(chunks),
+            "billed_bits_per_value": 8 * size / values,
+            "bytes_over_4096": size / sizes[quality, 4096] - 1,
+        }
+        for (quality, steps), size in sizes.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--tokens", type=int, default=4096)
+    options = parser.parse_args()
+    reference = chunks_of_reference(options.tokens)
+    rows = measure("reference", reference, None)
+    rows += measure("reference", reference, Profile.load(MODEL / "cachegen.profile"))
+    for name, geometry in WIDE.items():
+        rows += measure(name, [draw_chunk(geometry, CHUNK_TOKENS, seed=1)], None)
+    console = Console(width=120)
+    for row in sorted(rows, key=lambda row: (row["kv"], row["profile"], row["quality"])):
+        line = "  ".join(f"{name} {format_cell(row[name], form)}" for name, form in COLUMNS)
+        console.print(line, soft_wrap=True)
+    if options.json:
+        write_json(options.json, {"rows": rows, **environment()})
+
+
+if __name__ == "__main__":
+    main()

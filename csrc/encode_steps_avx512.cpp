@@ -1,0 +1,192 @@
+// The entropy coder of all passes of `progressive` for AVX-512. All passes of a stream go side by
+// side, so that their chains of dependent instructions overlap. docs/fused-encode.md derives it.
+#include <immintrin.h>
+
+#include <utility>
+
+#include "encode_avx512.h"
+#include "rans_simd.h"
+
+namespace cachegen {
+namespace {
+
+inline __m512i load(const void* at) { return _mm512_load_si512(at); }
+inline __m512i words(int value) { return _mm512_set1_epi16(static_cast<short>(value)); }
+
+// 32 states by element, in halves.
+struct States {
+    __m512i high, low;
+};
+
+// A number of 32 bits for each even element, and for each odd one.
+struct Wide {
+    __m512i even, odd;
+};
+
+inline Wide join(__m512i low, __m512i high) {
+    return {_mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(high, 16)),
+            _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high)};
+}
+inline __m512i low_halves(const Wide& x) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, x.even, _mm512_slli_epi32(x.odd, 16));
+}
+inline __m512i high_halves(const Wide& x) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(x.even, 16), x.odd);
+}
+
+inline States load_states(const uint32_t* state) {
+    const auto half = [&](int shift) {
+        const auto narrow = [&](const uint32_t* from) {
+            return _mm512_cvtepi32_epi16(
+                _mm512_srl_epi32(_mm512_loadu_si512(from), _mm_cvtsi32_si128(shift)));
+        };
+        return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(state)), narrow(state + 16), 1);
+    };
+    return {half(16), half(0)};
+}
+
+inline void store_states(const States& x, uint32_t* state) {
+    alignas(64) uint16_t high[kLanes], low[kLanes];
+    _mm512_store_si512(high, x.high);
+    _mm512_store_si512(low, x.low);
+    for (unsigned e = 0; e < kLanes; ++e) state[e] = uint32_t{high[e]} << 16 | low[e];
+}
+
+// What a symbol needs of its model: its frequency, and reciprocals of it.
+struct Divisor {
+    __m512i freq;
+    __m512 even, odd;
+};
+
+// Moves words out where the state has no room for the symbol, leaves the quotient in `x`, low half
+// and the upper 4 of 20 bits, and returns the rank.
+[[gnu::always_inline]] inline __m512i divide(States& x, const Divisor& by, __mmask32 active,
+                                             uint16_t*& out) {
+    // x >= freq << 20; a frequency of 4096 wraps to the largest limit, as it should.
+    const __m512i limit = _mm512_sub_epi16(_mm512_slli_epi16(by.freq, 4), words(1));
+    const __mmask32 spills = _mm512_mask_cmpgt_epu16_mask(active, x.high, limit);
+    // The words behind those of this step are overwritten by those of the next one.
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(spills, x.low));
+    out += count_bits(spills);
+    const __m512i low = _mm512_mask_mov_epi16(x.low, spills, x.high);
+    const __m512i high = _mm512_mask_sub_epi16(x.high, spills, x.high, x.high);
+
+    // The product, cut to an integer, is the quotient or one less (kReciprocalFactor).
+    const Wide state = join(low, high);
+    const auto quotient_of = [](__m512i state, __m512 reciprocal) {
+        return _mm512_cvttps_epu32(_mm512_mul_ps(_mm512_cvtepu32_ps(state), reciprocal));
+    };
+    const Wide quotient{quotient_of(state.even, by.even), quotient_of(state.odd, by.odd)};
+    const __m512i quotient_low = low_halves(quotient), quotient_high = high_halves(quotient);
+    const __m512i rank =
+        _mm512_sub_epi16(low, _mm512_mullo_epi16(quotient_low, by.freq));
+    const __mmask32 one_less = _mm512_cmpge_epu16_mask(rank, by.freq);
+    x.low = _mm512_mask_add_epi16(quotient_low, one_less, quotient_low, words(1));
+    const __mmask32 carry = _mm512_mask_testn_epi16_mask(one_less, x.low, x.low);
+    x.high = _mm512_mask_add_epi16(quotient_high, carry, quotient_high, words(1));
+    return _mm512_mask_sub_epi16(rank, one_less, rank, by.freq);
+}
+
+// x = quotient << 12 | slot
+[[gnu::always_inline]] inline void place(States& x, __m512i slot) {
+    x.high = _mm512_shldi_epi16(x.high, x.low, kProbBits);
+    x.low = _mm512_or_si512(_mm512_slli_epi16(x.low, kProbBits), slot);
+}
+
+template <unsigned kRounds>
+[[gnu::always_inline]] inline void encode_coarse(States& x, __m512i symbol,
+                                                 const CoarseEncodeTable& table,
+                                                 __mmask32 active, uint16_t*& out) {
+    const auto reciprocal = [&](__m512i index) {
+        if constexpr (kRounds == 3)
+            return _mm512_permutexvar_ps(index, _mm512_load_ps(table.reciprocal));
+        return _mm512_permutex2var_ps(_mm512_load_ps(table.reciprocal), index,
+                                      _mm512_load_ps(table.reciprocal + 16));
+    };
+    const Divisor by{_mm512_permutexvar_epi16(symbol, load(table.freq)), reciprocal(symbol),
+                     reciprocal(_mm512_srli_epi32(symbol, 16))};
+    const __m512i first = _mm512_permutexvar_epi16(symbol, load(table.first));
+    const __m512i position = _mm512_add_epi16(first, divide(x, by, active, out));
+    const auto entries = [&](const uint16_t* of, __m512i index) {
+        if constexpr (kRounds < 6) return _mm512_permutexvar_epi16(index, load(of));
+        return _mm512_permutex2var_epi16(load(of), index, load(of + 32));
+    };
+    __m512i part = _mm512_setzero_si512();
+#pragma GCC unroll 6
+    for (int half = 1 << (kRounds - 1); half; half /= 2) {
+        const __m512i middle = _mm512_add_epi16(part, words(half));
+        const __mmask32 beyond = _mm512_cmple_epu16_mask(entries(table.begin, middle), position);
+        part = _mm512_mask_mov_epi16(part, beyond, middle);
+    }
+    place(x, _mm512_add_epi16(position, entries(table.shift, part)));
+}
+
+[[gnu::always_inline]] inline void encode_refined(States& x, __m512i entry,
+                                                  const RefineEncodeTable& table,
+                                                  __mmask32 active, uint16_t*& out) {
+    const auto find = [&](const uint16_t* of) { return _mm512_permutexvar_epi16(entry, load(of)); };
+    const __m512 reciprocals = _mm512_load_ps(table.reciprocal);
+    const Divisor by{find(table.freq), _mm512_permutexvar_ps(entry, reciprocals),
+                     _mm512_permutexvar_ps(_mm512_srli_epi32(entry, 16), reciprocals)};
+    const __m512i rank = divide(x, by, active, out);
+    __m512i slot = _mm512_add_epi16(rank, find(table.base));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        const __mmask32 beyond = _mm512_cmpge_epu16_mask(rank, find(table.bound[i]));
+        slot = _mm512_mask_add_epi16(slot, beyond, slot, find(table.more[i]));
+    }
+    place(x, slot);
+}
+
+template <unsigned kRefinements, unsigned kRounds>
+void encode_all(const StepsJob& job) {
+    const __mmask32 active = ~uint32_t{0} << (kLanes - job.lanes);
+    States states[kRefinements + 1];
+    uint16_t* out[kRefinements + 1];
+    const uint16_t* models[kRefinements + 1];
+    for (unsigned pass = 0; pass <= kRefinements; ++pass) {
+        states[pass] = load_states(job.runs[pass].state);
+        out[pass] = job.runs[pass].words;
+        models[pass] = job.runs[pass].models;
+    }
+    for (size_t step = job.steps; step-- > 0;) {
+        const __m512i symbol = _mm512_cvtepu8_epi16(_mm256_loadu_si256(
+            reinterpret_cast<const __m256i*>(job.symbols + step * kLanes)));
+        encode_coarse<kRounds>(states[0], symbol, job.coarse[models[0][step]], active, out[0]);
+        const __m512i code = _mm512_loadu_si512(job.codes + step * kLanes);
+#pragma GCC unroll 5
+        for (unsigned pass = 1; pass <= kRefinements; ++pass) {
+            const __m512i entry =
+                _mm512_and_si512(_mm512_srli_epi16(code, 3 * (pass - 1)), words(7));
+            encode_refined(states[pass], entry, job.refine[models[pass][step]], active, out[pass]);
+        }
+    }
+    for (unsigned pass = 0; pass <= kRefinements; ++pass) {
+        // Idle lanes went through the motions; their states must stay.
+        uint32_t state[kLanes];
+        store_states(states[pass], state);
+        const unsigned first = kLanes - job.lanes;
+        std::memcpy(job.runs[pass].state + first, state + first, sizeof state[0] * job.lanes);
+        job.runs[pass].words = out[pass];
+    }
+}
+
+template <unsigned kRefinements>
+void encode_rounds(const StepsJob& job) {
+    switch (job.rounds) {
+        case 3: return encode_all<kRefinements, 3>(job);
+        case 5: return encode_all<kRefinements, 5>(job);
+        default: return encode_all<kRefinements, 6>(job);
+    }
+}
+
+}  // namespace
+
+void encode_steps_avx512(const StepsJob& job) {
+    constexpr auto by_refinements = []<size_t... I>(std::index_sequence<I...>) {
+        return std::array{encode_rounds<I>...};
+    }(std::make_index_sequence<kMaxPasses>());
+    by_refinements[job.refinements](job);
+}
+
+}  // namespace cachegen

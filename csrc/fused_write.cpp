@@ -1,0 +1,201 @@
+// All passes of a group, side by side, to the bodies of their segments.
+#include <algorithm>
+#include <cstring>
+
+#include "dispatch.h"
+#include "fused_encode.h"
+#include "segment_layout.h"
+
+namespace cachegen {
+namespace {
+
+constexpr int kClassesPerFactor3 = 6, kLowestRow = -24, kTableRowCount = 88, kClassCount = 64;
+constexpr size_t kStepsAtOnce = 64;
+
+}  // namespace
+
+class PassWriter::Work {
+public:
+    Work(PassWriter& buffers, EncodeGroup& group, GroupDigits& digits,
+         const EncodeSettings& settings)
+        : buffers_(buffers),
+          group_(group),
+          digits_(digits),
+          settings_(settings),
+          shape_(group.shape),
+          streams_(shape_.streams(kPassStreamSteps)),
+          models_(settings.passes),
+          escapes_(streams_) {}
+
+    void run() {
+        const size_t size = shape_.tokens * shape_.channels;
+        group_.passes.assign(settings_.passes, {EncodedPass::Kind::Rans, {}});
+        if (!size) {
+            group_.passes[0].kind = EncodedPass::Kind::Bytes;
+            return;
+        }
+        find_models();
+        set_escapes_apart();
+        for (unsigned pass = 0; pass < settings_.passes; ++pass) {
+            buffers_.bodies_[pass].resize(4 + 8 * streams_);
+            put_u32(buffers_.bodies_[pass], 0, kPassStreamSteps);
+        }
+        for (uint64_t stream = 0; stream < streams_; ++stream) encode_stream(stream);
+        for (unsigned pass = 0; pass < settings_.passes; ++pass)
+            group_.passes[pass].body = buffers_.bodies_[pass];
+        if (group_.passes[0].body.size() >= size) keep_bytes();
+        for (unsigned pass = 1; pass < settings_.passes; ++pass)
+            if (group_.passes[pass].body.size() >= size / 4) keep_packed(pass);
+    }
+
+private:
+    static void put_u32(std::vector<uint8_t>& body, size_t at, uint64_t value) {
+        const auto low = static_cast<uint32_t>(value);
+        std::memcpy(body.data() + at, &low, sizeof low);
+    }
+
+    static void append(std::vector<uint8_t>& body, const void* data, size_t size) {
+        const auto* bytes = static_cast<const uint8_t*>(data);
+        body.insert(body.end(), bytes, bytes + size);
+    }
+
+    void find_models() {
+        for (unsigned pass = 0; pass < settings_.passes; ++pass) {
+            models_[pass].resize(shape_.channels);
+            const int below = static_cast<int>(settings_.passes - 1 - pass);
+            for (size_t c = 0; c < shape_.channels; ++c) {
+                const int both = group_.classes[c];
+                const int row = both % kClassCount - kClassesPerFactor3 * below - kLowestRow;
+                models_[pass][c] =
+                    static_cast<uint16_t>(both / kClassCount * kTableRowCount +
+                                          std::clamp(row, 0, kTableRowCount - 1));
+            }
+        }
+    }
+
+    // In the order of a stream: places, channels, lanes.
+    void set_escapes_apart() {
+        for (uint64_t step = 0; step < shape_.steps(); ++step) {
+            const uint8_t escape =
+                settings_.tables.escape(models_[0][step % shape_.channels]);
+            uint8_t* const symbols = &digits_.symbols[step * kLanes];
+            uint8_t largest = 0;
+            for (unsigned e = 0; e < kLanes; ++e) largest = std::max(largest, symbols[e]);
+            if (largest < escape) continue;
+            for (unsigned e = kLanes; e-- > 0;) {
+                if (symbols[e] < escape) continue;
+                escapes_[step / kPassStreamSteps].push_back(
+                    static_cast<uint8_t>(symbols[e] - escape));
+                symbols[e] = escape;
+            }
+        }
+    }
+
+    void encode_stream(uint64_t index) {
+        const StreamLayout stream =
+            stream_shape(shape_, RawCounter(shape_, {}), kPassStreamSteps, index);
+        const size_t room = (stream.end_step - stream.begin_step + 1) * kLanes;
+        PassRun runs[kMaxPasses];
+        for (unsigned pass = 0; pass < settings_.passes; ++pass) {
+            std::fill_n(runs[pass].state, kLanes, kStateMin);
+            if (buffers_.words_[pass].size() < room) buffers_.words_[pass].resize(room);
+            runs[pass].words = buffers_.words_[pass].data();
+        }
+        for (uint64_t end = stream.end_step; end > stream.begin_step;) {
+            const uint64_t place_begin = end - 1 - (end - 1) % shape_.channels;
+            uint64_t begin = std::max(stream.begin_step, place_begin);
+            if (end - begin > kStepsAtOnce) begin = end - kStepsAtOnce;
+            encode_steps(runs, begin, end - begin);
+            end = begin;
+        }
+        for (unsigned pass = 0; pass < settings_.passes; ++pass)
+            finish_stream(pass, stream, runs[pass], index);
+    }
+
+    void encode_steps(PassRun* runs, uint64_t begin, size_t steps) {
+        const uint64_t channel = begin % shape_.channels;
+        unsigned rounds = 0;
+        for (size_t i = 0; i < steps; ++i)
+            rounds = std::max<unsigned>(rounds, settings_.tables.rounds(models_[0][channel + i]));
+        for (unsigned pass = 0; pass < settings_.passes; ++pass)
+            runs[pass].models = &models_[pass][channel];
+        kernels().encode_rows.encode_steps(
+            {&digits_.codes[begin * kLanes], &digits_.symbols[begin * kLanes], steps,
+             shape_.active_lanes(begin / shape_.channels), settings_.passes - 1, rounds,
+             settings_.tables.coarse(), settings_.tables.refine(), runs});
+    }
+
+    void finish_stream(unsigned pass, const StreamLayout& stream, PassRun& run, uint64_t index) {
+        std::vector<uint8_t>& body = buffers_.bodies_[pass];
+        const size_t start = body.size();
+        std::reverse(run.state, run.state + kLanes);
+        append(body, run.state, stream.states);
+        const uint16_t* const words = buffers_.words_[pass].data();
+        const auto count = static_cast<size_t>(run.words - words);
+        const size_t at = body.size();
+        body.resize(at + 2 * count);
+        for (size_t i = 0; i < count; ++i)
+            std::memcpy(&body[at + 2 * i], &words[count - 1 - i], sizeof words[0]);
+        if (pass == 0) append(body, escapes_[index].data(), escapes_[index].size());
+        put_u32(body, 8 + 8 * index, pass == 0 ? escapes_[index].size() : 0);
+        put_u32(body, 4 + 8 * index, count);
+        body.resize(body.size() + (-(body.size() - start) & 3));
+    }
+
+    template <class Use>
+    void for_each_value(const Use& use) const {  // use(index in the matrix, index of the digit)
+        const TokenRows tokens(shape_);
+        for (uint64_t t = 0; t < shape_.tokens; ++t) {
+            const uint64_t place = t % shape_.places(), e = kLanes - 1 - t / shape_.places();
+            for (uint64_t c = 0; c < shape_.channels; ++c)
+                use(t * shape_.channels + c, (place * shape_.channels + c) * kLanes + e);
+        }
+    }
+
+    // Symbols as bytes, escaped ones put together again.
+    void keep_bytes() {
+        std::vector<size_t> next(streams_);
+        AlignedVector<uint8_t> symbols = digits_.symbols;
+        for (uint64_t step = 0; step < shape_.steps(); ++step) {
+            const uint8_t escape =
+                settings_.tables.escape(models_[0][step % shape_.channels]);
+            const uint64_t stream = step / kPassStreamSteps;
+            for (unsigned e = kLanes; e-- > 0;)
+                if (uint8_t& symbol = symbols[step * kLanes + e]; symbol == escape)
+                    symbol = static_cast<uint8_t>(symbol + escapes_[stream][next[stream]++]);
+        }
+        EncodedPass& pass = group_.passes[0];
+        pass.kind = EncodedPass::Kind::Bytes;
+        pass.body.resize(shape_.tokens * shape_.channels);
+        for_each_value([&](size_t to, size_t from) { pass.body[to] = symbols[from]; });
+    }
+
+    void keep_packed(unsigned index) {
+        EncodedPass& pass = group_.passes[index];
+        const size_t plane = ceil_div(shape_.tokens * shape_.channels, 8);
+        if (2 * plane > pass.body.size()) return;
+        pass.kind = EncodedPass::Kind::Packed;
+        pass.body.assign(2 * plane, 0);
+        for_each_value([&](size_t to, size_t from) {
+            const unsigned digit = digits_.codes[from] >> (3 * (index - 1)) & 3;
+            for (size_t bit = 0; bit < 2; ++bit)
+                pass.body[bit * plane + to / 8] |=
+                    static_cast<uint8_t>((digit >> bit & 1) << to % 8);
+        });
+    }
+
+    PassWriter& buffers_;
+    EncodeGroup& group_;
+    GroupDigits& digits_;
+    const EncodeSettings& settings_;
+    Shape shape_;
+    uint64_t streams_;
+    std::vector<std::vector<uint16_t>> models_;    // by pass and channel
+    std::vector<std::vector<uint8_t>> escapes_;    // by stream
+};
+
+void PassWriter::write(EncodeGroup& group, GroupDigits& digits, const EncodeSettings& settings) {
+    Work(*this, group, digits, settings).run();
+}
+
+}  // namespace cachegen
