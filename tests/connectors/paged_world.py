@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from cachegen.chunk import KVChunk
-from cachegen.connectors.adapter import Loader, Piece, Saver
+from cachegen.connectors.adapter import Loader, LoadJob, LoadReport, Piece
 from cachegen.connectors.coding import ChunkCoder, Coding
 from cachegen.connectors.layout import BlockLayout
 from cachegen.connectors.metrics import Counters
 from cachegen.connectors.paged import PagedCache
+from cachegen.connectors.saver import Saver
 from cachegen.settings import Settings
 from cachegen.store.keys import chunk_keys
 from cachegen.store.memory import MemoryStore
@@ -102,6 +103,12 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 20) -> object:
             return result
         time.sleep(0.002)
     raise AssertionError("timed out")
+
+
+def load(world: World, *pieces: Piece, budget_s: float = 30.0) -> LoadReport:
+    world.loader.start(LoadJob("r", tuple(pieces), budget_s))
+    (report,) = wait_for(world.loader.poll)
+    return report
 
 
 class Gate:

@@ -16,23 +16,16 @@ from paged_world import (
     chain,
     chunk_of,
     key_of,
+    load,
     piece,
     wait_for,
 )
 
 from cachegen import errors
 from cachegen.chunk import KVChunk
-from cachegen.connectors import adapter
 from cachegen.connectors.adapter import Fence, LoadJob, LoadReport, reason_of
 from cachegen.connectors.coding import Coding
-from cachegen.settings import Settings
 from cachegen.types import ChunkKey
-
-
-def load(world: World, *pieces: object, budget_s: float = 30.0) -> LoadReport:
-    world.loader.start(LoadJob("r", tuple(pieces), budget_s))
-    (report,) = wait_for(world.loader.poll)
-    return report
 
 
 def finish_threads(world: World) -> None:
@@ -216,81 +209,6 @@ def test_a_closed_fence_stays_closed() -> None:
 )
 def test_every_error_has_a_reason(error: Exception, reason: str) -> None:
     assert reason_of(error) == reason
-
-
-def saved(world: World) -> None:
-    wait_for(lambda: not world.saver._backlog_bytes)
-
-
-def test_what_is_saved_can_be_loaded(world: World) -> None:
-    world.put(3)
-    load(world, piece(3, 4, 9))
-    copy = world.cache.stage((4, 9))
-    for tensor in world.tensors:
-        tensor.fill_(5)  # the engine may overwrite the blocks as soon as they are staged
-    world.saver.submit(piece(0, 4, 9), copy)
-    saved(world)
-    assert load(world, piece(0, 1, 2)).reason is None
-    np.testing.assert_array_equal(world.held(1, 2), chunk_of(3).to_array())
-    assert world.counters.get("saved_tokens_total") == CHUNK
-
-
-def test_a_chunk_is_stored_once(world: World) -> None:
-    for _ in range(2):
-        world.saver.submit(piece(0, 4, 9), world.cache.stage((4, 9)))
-        saved(world)
-    assert world.counters.get("saved_chunks_total") == 1
-    assert world.counters.get("skipped_saves_total", reason="stored") == 1
-
-
-def test_a_save_that_fails_is_counted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str, data: bytes) -> None:
-        raise errors.StoreFullError("quota", got="full")
-
-    monkeypatch.setattr(world.store, "put", fail)
-    world.saver.submit(piece(0, 4, 9), world.cache.stage((4, 9)))
-    saved(world)
-    assert world.counters.get("skipped_saves_total", reason="store_error") == 1
-    assert world.saver.has_room
-
-
-def test_a_backlog_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = World(settings=Settings(chunk_tokens=CHUNK, backlog_bytes=1))
-    gate = Gate()
-    monkeypatch.setattr(world.coder, "encode", lambda chunk, key: gate.pass_through() or b"x")
-    assert world.saver.has_room
-    world.saver.submit(piece(0, 4, 9), world.cache.stage((4, 9)))
-    assert not world.saver.has_room
-    gate.opened.set()
-    saved(world)
-    assert world.saver.has_room
-    world.close()
-
-
-def test_saving_waits_for_a_quiet_moment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter, "QUIET_S", 0.2)
-    world.saver._waits = True
-    begin = time.monotonic()
-    world.saver.note_step(begins=False)
-    world.saver.submit(piece(0, 4, 9), world.cache.stage((4, 9)))
-    saved(world)
-    assert time.monotonic() - begin >= 0.2
-    # A busy engine cannot keep it waiting for ever.
-    monkeypatch.setattr(adapter, "MOST_WAIT_S", 0.0)
-    world.saver.note_step(begins=True)
-    world.saver.submit(piece(1, 4, 9), world.cache.stage((4, 9)))
-    saved(world)
-    assert world.counters.get("saved_chunks_total") == 2
-
-
-def test_closing_does_not_wait_for_ever(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate()
-    monkeypatch.setattr(world.coder, "encode", lambda chunk, key: gate.pass_through() or b"x")
-    world.saver.submit(piece(0, 4, 9), world.cache.stage((4, 9)))
-    begin = time.monotonic()
-    world.saver.close(wait_s=0.05)
-    assert time.monotonic() - begin < 10
-    gate.opened.set()
 
 
 @pytest.mark.parametrize("quality", ["balanced", "small"])

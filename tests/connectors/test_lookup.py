@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import pytest
 from paged_world import RAW, Gate, wait_for
 
+from cachegen.connectors import lookup
 from cachegen.connectors.adapter import names_of
 from cachegen.connectors.lookup import Lookup, Seed
 from cachegen.connectors.metrics import Counters
@@ -107,3 +109,24 @@ def test_a_store_that_fails_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     assert desk.answer() == 0
     assert desk.misses("store_error") == 1
     desk.lookup.close()
+
+
+def test_an_answer_that_comes_at_once_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup, "FIRST_WAIT_S", 20.0)
+    desk = Desk()
+    desk.put(0, 0, 1)
+    assert desk.lookup.answer(desk.lookup.ask(TOKENS, PLAIN)) == 1
+
+
+def test_a_slow_answer_is_waited_for_once_and_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup, "FIRST_WAIT_S", 0.1)
+    desk, gate = Desk(), Gate()
+    monkeypatch.setattr(desk.store, "exists", lambda names: gate.pass_through() or [False] * 6)
+    question = desk.lookup.ask(TOKENS, PLAIN)
+    assert desk.lookup.answer(question) is None
+    begin = time.monotonic()
+    for _ in range(20):
+        assert desk.lookup.answer(question) is None
+    assert time.monotonic() - begin < 1.0  # twenty waits would take two seconds
+    gate.opened.set()
+    wait_for(lambda: desk.lookup.answer(question) == 0)

@@ -134,6 +134,21 @@ def test_roles() -> None:
     assert indices(consumer.step("r", 100, 0, 200)) == []
 
 
+def test_a_request_may_ask_for_less() -> None:
+    scene = Scene(chunks=2)
+    for name, loads, saves in (("load", True, False), ("save", False, True), ("no", False, False)):
+        scene.tokens[name] = list(range(4 * CHUNK))
+        scene.tracker.add(name, scene.tokens[name], SEED, loads=loads, saves=saves)
+    assert scene.admit("load", 100) == 2 * CHUNK
+    assert scene.step("load", 100, 2 * CHUNK, 2 * CHUNK).saves == ()
+    assert scene.admit("save", 200) == 0
+    (job,) = scene.step("save", 200, 0, 4 * CHUNK).saves
+    assert [piece.index for piece in job.pieces] == [0, 1, 2, 3]
+    assert not scene.tracker.knows("no")
+    assert scene.admit("no", 300) == 0
+    assert scene.step("no", 300, 0, 4 * CHUNK).saves == ()
+
+
 def test_chunks_are_saved_as_they_become_whole() -> None:
     scene = Scene()
     scene.arrive("r", 200)

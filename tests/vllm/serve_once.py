@@ -1,6 +1,7 @@
 """Runs vLLM as a server does, scheduler and workers in processes of their own, and ends.
 
-Usage: serve_once.py JOB.json. The job names a store, prompts and where to write the answers.
+Usage: serve_once.py JOB.json. The job names a store (a folder), how many objects a
+round leaves there, prompts, and where to write the answers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,15 @@ import os
 import sys
 import time
 from pathlib import Path
+
+
+def wait_for_objects(store: Path, count: int, timeout_s: float = 240.0) -> None:
+    """Wait until so many chunks are stored; what is missing then the answers will show."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if sum(path.is_file() for path in (store / "objects").rglob("*")) >= count:
+            return
+        time.sleep(0.1)
 
 
 def main() -> None:
@@ -49,7 +59,7 @@ def main() -> None:
                 for out in outputs
             ]
         )
-        time.sleep(job.get("pause_s", 0.0))
+        wait_for_objects(Path(job["store"]), job["objects"])
     metrics = {
         metric.name + json.dumps(metric.labels.get("reason", "")): metric.value
         for metric in llm.get_metrics()

@@ -68,7 +68,8 @@ def want(baseline: Baseline) -> list[Answer]:
 def trouble(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TroubledStore]:
     store = TroubledStore(tmp_path_factory.mktemp("trouble") / "store")
     patch = pytest.MonkeyPatch()
-    patch.setattr("cachegen.connectors.vllm.open_store", lambda url: store)
+    for side in ("scheduler", "worker"):
+        patch.setattr(f"cachegen.connectors.vllm_{side}.open_store", lambda url: store)
     yield store
     patch.undo()
 

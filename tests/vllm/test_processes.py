@@ -31,7 +31,7 @@ def serve(store: str, folder: Path, *, rounds: int = 1, ranks: int = 1) -> dict[
                 "prompts": PROMPTS,
                 "out": str(out),
                 "rounds": rounds,
-                "pause_s": 3.0,
+                "objects": ranks * sum(HITS) // CHUNK,
                 "tensor_parallel_size": ranks,
             }
         )
@@ -42,7 +42,7 @@ def serve(store: str, folder: Path, *, rounds: int = 1, ranks: int = 1) -> dict[
         env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=800,
     )
     assert out.exists(), done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(out.read_text())
@@ -127,6 +127,29 @@ def test_a_server_saves_and_another_process_hits(tmp_path: Path, want: list[Answ
         answers = other.ask(PROMPTS)
     check_same(answers, want)
     assert [a.cached_tokens for a in answers] == HITS
+
+
+def test_two_ranks_share_no_key(tmp_path: Path, want: list[Answer]) -> None:
+    store = tmp_path / "store"
+    result = serve(str(store), tmp_path, rounds=2, ranks=2)
+    first, second = (
+        [Answer(tuple(a["tokens"]), (), a["cached"]) for a in answers]
+        for answers in result["answers"]
+    )
+    check_same(first, want)
+    check_same(second, want)
+    assert [a.cached_tokens for a in first] == [0] * len(PROMPTS)
+    assert [a.cached_tokens for a in second] == HITS
+    # Every chunk is there once for each rank, under a namespace of the rank's own.
+    names = [path.name.split("+") for path in (store / "objects").rglob("*") if path.is_file()]
+    namespaces = sorted({name[0] for name in names})
+    assert len(namespaces) == 2
+    assert len(names) == 2 * sum(HITS) // CHUNK
+    ranks = [{name[1] for name in names if name[0] == space} for space in namespaces]
+    assert ranks[0] == ranks[1]
+    # An engine that is not split finds nothing of theirs.
+    with engine(str(store)) as whole:
+        assert [a.cached_tokens for a in whole.ask(PROMPTS)] == [0] * len(PROMPTS)
 
 
 def test_redis(redis_url: tuple[str, subprocess.Popen[bytes]], want: list[Answer]) -> None:

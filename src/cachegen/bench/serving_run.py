@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cachegen.errors import ConfigError
@@ -34,6 +35,7 @@ class Settings:
     """See ``cachegen bench --help``. store None: in memory; bandwidth None: no limit then.
 
     servers: ``MODE=URL`` of running vLLM servers, whose store and quality are their own.
+    vllm_python: instead, the interpreter to start a server of every mode with.
     """
 
     engine: str
@@ -52,6 +54,7 @@ class Settings:
     output_tokens: int
     chunk_tokens: int
     servers: tuple[str, ...] = ()
+    vllm_python: Path | None = None
 
 
 def check_engine(name: str) -> None:
@@ -118,23 +121,51 @@ def run_bench(settings: Settings, *, progress: Progress = lambda text: None) -> 
 
 
 def _run_vllm(settings: Settings, progress: Progress) -> dict[str, Any]:
-    """Serve through running servers. Raises: ConfigError."""
+    """Serve through running servers, or start them. Raises: ConfigError."""
     from cachegen.bench.report import environment
     from cachegen.bench.serving import run_serving
     from cachegen.bench.vllm_engine import VllmEngine, parse_servers
+    from cachegen.bench.vllm_servers import Launch, vllm_servers
     from cachegen.hf.load import load_model
 
-    servers = parse_servers(settings.servers)
+    starts = settings.vllm_python is not None
+    if starts and (settings.servers or settings.bandwidth or settings.latency_s):
+        raise ConfigError(
+            "servers that the benchmark starts",
+            got="--server, --bandwidth or --latency-ms",
+            expected="neither; they read the store over the link that its URL leads to",
+        )
     model, tokenizer = load_model(settings.model)
     load = make_load(settings, tokenizer, int(model.config.max_position_embeddings))
-    result = run_serving(VllmEngine(servers), list(servers), load, progress=progress)
+    parameters = model.num_parameters()
+    del model
+    with ExitStack() as stack:
+        if settings.vllm_python is not None:
+            store = settings.store or stack.enter_context(
+                TemporaryDirectory(prefix="cachegen-bench-store-")
+            )
+            launch = Launch(
+                settings.vllm_python,
+                settings.model,
+                store,
+                settings.quality,
+                settings.chunk_tokens,
+                options=("--enforce-eager",),
+            )
+            progress(f"starting {len(settings.modes)} vLLM servers: minutes on a slow machine")
+            servers = stack.enter_context(vllm_servers(launch, settings.modes))
+        else:
+            servers = parse_servers(settings.servers)
+        result = run_serving(VllmEngine(servers), list(servers), load, progress=progress)
+    shown = (settings.store or "folder").partition("://")[0]
     return {
         "engine": settings.engine,
-        "model": {"name": Path(settings.model).name, "parameters": model.num_parameters()},
-        "store": "the servers' own",
+        "model": {"name": Path(settings.model).name, "parameters": parameters},
+        "store": shown if starts else "the servers' own",
         "bandwidth_bytes_per_s": None,
         "latency_s": 0.0,
         "chunk_tokens": settings.chunk_tokens,
+        "quality": settings.quality if starts else None,
         **result,
         **environment(),
     }

@@ -23,8 +23,9 @@ LOADED_TOKENS = "cachegen_loaded_tokens_total"
 LOADED_BYTES = "cachegen_loaded_bytes_total"
 NETWORK_S = "cachegen_network_seconds_total"
 DECODE_S = "cachegen_decode_seconds_total"
-SAVED_TOKENS = "cachegen_saved_tokens_total"
-_COUNTERS = (LOADED_TOKENS, LOADED_BYTES, NETWORK_S, DECODE_S, SAVED_TOKENS)
+STAGED_CHUNKS = "cachegen_staged_chunks_total"
+SETTLED_CHUNKS = "cachegen_settled_chunks_total"
+_COUNTERS = (LOADED_TOKENS, LOADED_BYTES, NETWORK_S, DECODE_S, STAGED_CHUNKS, SETTLED_CHUNKS)
 POLL_S = 0.1
 TIMEOUT_S = 600.0
 
@@ -36,10 +37,11 @@ class VllmEngine:
     servers: base URL of each mode's server, such as ``http://127.0.0.1:8000``; prefix caching has
     to be off, lest hits of the engine's own cache are taken for hits of the store.
     settle_s: how long a server may go on saving after an answer.
+    Raises: ConfigError for a server that does not answer.
     """
 
     servers: Mapping[str, str]
-    settle_s: float = 10.0
+    settle_s: float = 60.0
     _salts: dict[str, str] = field(default_factory=dict)
     _models: dict[str, str] = field(default_factory=dict)
 
@@ -115,29 +117,46 @@ class VllmEngine:
         return totals
 
     def _settled(self, mode: str) -> dict[str, float]:
-        """Wait until the counters stand still, as long as ``settle_s``."""
+        """Wait until what was copied is saved, as long as ``settle_s``.
+
+        A server publishes its counters with its steps: a request of one token makes it step.
+        Raises: StoreError if it takes longer.
+        """
         end = time.monotonic() + self.settle_s
-        last = self.counters(mode)
-        while last and time.monotonic() < end:
-            time.sleep(POLL_S)
+        while True:
             now = self.counters(mode)
-            if now == last:
-                break
-            last = now
-        return last
+            if now.get(STAGED_CHUNKS, 0.0) <= now.get(SETTLED_CHUNKS, 0.0):
+                return now
+            if time.monotonic() > end:
+                raise StoreError(
+                    f"saves of {self.servers[mode]}",
+                    got=f"{now.get(SETTLED_CHUNKS, 0.0):g} chunks in {self.settle_s:g} s",
+                    expected=f"{now[STAGED_CHUNKS]:g}",
+                )
+            time.sleep(POLL_S)
+            body = {
+                "model": self._models[mode],
+                "prompt": [0],
+                "max_tokens": 1,
+                "kv_transfer_params": {"cachegen.load": False, "cachegen.save": False},
+            }
+            self._json(self._post(f"{self.servers[mode]}/v1/completions", body))
 
     def _events(self, url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Post a request and yield the server-sent events of its answer."""
-        data = json.dumps(body).encode()
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-        with self._open(request) as response:
+        with self._open(self._post(url, body)) as response:
             for line in response:
                 text = line.decode().strip()
                 if text.startswith("data:") and not text.endswith("[DONE]"):
                     yield json.loads(text.removeprefix("data:"))
 
-    def _json(self, url: str) -> Any:
-        with self._open(url) as response:
+    @staticmethod
+    def _post(url: str, body: dict[str, Any]) -> urllib.request.Request:
+        data = json.dumps(body).encode()
+        return urllib.request.Request(url, data, {"Content-Type": "application/json"})
+
+    def _json(self, request: str | urllib.request.Request) -> Any:
+        with self._open(request) as response:
             return json.loads(response.read())
 
     @staticmethod

@@ -30,6 +30,13 @@ def serving(
         list[str] | None,
         typer.Option(help="With --engine vllm, MODE=URL of a running server, once for each."),
     ] = None,
+    start_servers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PYTHON",
+            help="With --engine vllm: start a server for each mode with this interpreter.",
+        ),
+    ] = None,
     mode: Annotated[
         list[str] | None,
         typer.Option(help=f"Once for each: {', '.join(DEFAULT_MODES)}; the first is the baseline."),
@@ -89,6 +96,7 @@ def serving(
                 output_tokens=output_tokens,
                 chunk_tokens=chunk_tokens,
                 servers=tuple(server or ()),
+                vllm_python=start_servers,
             ),
             progress=status.update,
         )

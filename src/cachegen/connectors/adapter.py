@@ -1,4 +1,4 @@
-"""Loading chunks into an engine's paged cache and saving them from it, whatever the engine.
+"""Loading chunks into an engine's paged cache, whatever the engine; ``saver`` goes the other way.
 
 Three rules hold here for every engine:
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,10 +35,6 @@ from cachegen.stream.plan import Policy
 from cachegen.stream.policies import DeadlinePolicy, FixedPolicy, get_policy
 
 logger = logging.getLogger("vllm.cachegen")
-
-# Saving waits for the engine to be idle for a moment, but not for ever.
-QUIET_S = 0.02
-MOST_WAIT_S = 10.0
 
 # Entries that are of no use to anybody: they make room for a good one.
 _USELESS = ("damaged", "other_key", "geometry")
@@ -91,18 +87,6 @@ class LoadReport:
     request_id: str
     failed_block_ids: frozenset[int]
     reason: str | None
-
-
-class BlockCopy(Protocol):
-    """Blocks that were copied out of an engine's cache."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory that the copy takes."""
-
-    @property
-    def ready(self) -> Callable[[], list[Any]]:
-        """Waits for the copy and returns the blocks of every layer."""
 
 
 class BlockCache(Protocol):
@@ -310,106 +294,6 @@ def policy_of(settings: Settings, coding: Coding) -> Policy:
     if settings.policy == DeadlinePolicy().name:
         return DeadlinePolicy(recompute="never")
     return get_policy(settings.policy)
-
-
-class Saver:
-    """Encodes and stores copies of blocks, in threads, and drops what it cannot keep up with.
-
-    waits: True to leave the cores and Python's lock to an engine that is busy, see ``note_step``.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        to_chunk: ToChunk,
-        coder: ChunkCoder,
-        *,
-        namespace: bytes,
-        settings: Settings,
-        counters: Counters,
-        waits: bool = False,
-    ) -> None:
-        self._waits = waits
-        self._is_busy, self._last_step_s = False, -QUIET_S
-        self._store = store
-        self._to_chunk = to_chunk
-        self._coder = coder
-        self._namespace = namespace
-        self._settings = settings
-        self._counters = counters
-        self._lock = threading.Lock()
-        self._backlog_bytes = 0
-        self._threads = ThreadPoolExecutor(settings.save_threads, "cachegen-save")
-
-    @property
-    def has_room(self) -> bool:
-        """False while so much waits that nothing more should be copied."""
-        return self._backlog_bytes < self._settings.backlog_bytes
-
-    def note_step(self, *, begins: bool) -> None:
-        """Take note that a step of the engine begins or has ended."""
-        self._is_busy, self._last_step_s = begins, time.monotonic()
-
-    def skip(self, reason: str) -> None:
-        """Count a chunk that is not saved."""
-        self._counters.add("skipped_saves_total", reason=reason)
-
-    def submit(self, piece: Piece, copy: BlockCopy) -> None:
-        """Take a copy of a whole chunk's blocks; returns at once."""
-        with self._lock:
-            self._backlog_bytes += copy.size_bytes
-        self._threads.submit(self._run, piece, copy)
-
-    def close(self, *, wait_s: float) -> None:
-        """Finish what waits for at most wait_s seconds, then drop the rest."""
-        end = time.monotonic() + wait_s
-        while self._backlog_bytes and time.monotonic() < end:
-            time.sleep(0.01)
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def _wait_for_quiet(self) -> None:
-        """Wait until the engine is idle, the backlog is half full or the time is up."""
-        end = time.monotonic() + MOST_WAIT_S
-        while self._waits and 2 * self._backlog_bytes < self._settings.backlog_bytes:
-            now = time.monotonic()
-            quiet = not self._is_busy and now - self._last_step_s > QUIET_S
-            if quiet or now > end:
-                return
-            time.sleep(QUIET_S)
-
-    def _run(self, piece: Piece, copy: BlockCopy) -> None:
-        self._wait_for_quiet()
-        begin = time.monotonic()
-        try:
-            self._save(piece, copy)
-        except Exception as error:
-            reason = reason_of(error)
-            self.skip(reason)
-            logger.warning("chunk %d is not saved: %s", piece.index, error)
-        finally:
-            with self._lock:
-                self._backlog_bytes -= copy.size_bytes
-            self._counters.add("save_seconds_total", time.monotonic() - begin)
-
-    def _save(self, piece: Piece, copy: BlockCopy) -> None:
-        (key,) = chunk_keys(self._namespace, [piece.chain], self._coder.coding.label)
-        if self._store.exists([key.name])[0]:
-            self.skip("stored")
-            return
-        tokens = self._settings.chunk_tokens
-        chunk = self._to_chunk(copy.ready(), first_position=piece.index * tokens)
-        data = self._coder.encode(chunk, key)
-        self._store.put(key.name, data)
-        self._counters.add("saved_chunks_total")
-        self._counters.add("saved_tokens_total", chunk.tokens)
-        self._counters.add("saved_bytes_total", len(data))
-
-
-class ToChunk(Protocol):
-    """Turns the blocks of every layer into a chunk."""
-
-    def __call__(self, blocks: list[Any], *, first_position: int) -> KVChunk | DeviceBlocks:
-        """Return the chunk. Raises: GeometryError."""
 
 
 def names_of(

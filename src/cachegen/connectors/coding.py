@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,10 +12,12 @@ from cachegen.codec.levels import NAMED
 from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.registry import CODECS, decode, get_codec
 from cachegen.connectors.device_blocks import DeviceBlocks
-from cachegen.errors import ConfigError
+from cachegen.errors import ConfigError, ProfileError
 from cachegen.profile import Profile, require_profile
 from cachegen.stream.autoprofile import AutoProfile, ProfileStore
 from cachegen.types import ChunkKey
+
+logger = logging.getLogger("vllm.cachegen")
 
 EXACT = ("lossless", "raw")
 
@@ -117,21 +120,32 @@ class ChunkCoder:
         self.coding = coding
         self._profiles = profiles if coding.codec == ProgressiveCodec.name else None
         self._plain = coding.make()
+        self._observes = self._profiles is not None
 
     def encode(self, chunk: KVChunk | DeviceBlocks, key: ChunkKey) -> bytes:
         """Encode a chunk where it lies, with the namespace's profile as soon as there is one.
 
-        Raises: as the codec and the store of profiles.
+        Where none can be fitted, chunks are encoded without. Raises: as the codec and the store.
         """
-        profile = None
-        if self._profiles is not None:
-            # Profiles are made on the host.
-            seen = chunk.to_host() if isinstance(chunk, DeviceBlocks) else chunk
-            profile = self._profiles.observe(seen)
+        profile = self._observed(chunk)
         codec = self._plain if profile is None else self.coding.make(profile=profile)
         if isinstance(chunk, DeviceBlocks):
             return chunk.encode(codec, key)
         return codec.encode(chunk, key=key)
+
+    def _observed(self, chunk: KVChunk | DeviceBlocks) -> Profile | None:
+        """Take in a chunk; returns the profile to encode it with, or None."""
+        if self._profiles is None or not self._observes:
+            return None
+        try:
+            # Profiles are made on the host.
+            seen = chunk.to_host() if isinstance(chunk, DeviceBlocks) else chunk
+            return self._profiles.observe(seen)
+        except ProfileError as error:
+            # The next chunk would only bring the same fit once more.
+            self._observes = False
+            logger.warning("no profile is made, chunks will be larger: %s", error)
+            return None
 
     def decode(
         self,

@@ -20,6 +20,9 @@ from cachegen.stream.outcome import Reason
 
 logger = logging.getLogger("vllm.cachegen")
 
+# A scheduler waits no longer than this for an answer, once for each request.
+FIRST_WAIT_S = 0.003
+
 
 @dataclass(frozen=True)
 class Seed:
@@ -57,6 +60,7 @@ class Question:
     chunks: int | None = None
     reason: str | None = None
     asked_s: float | None = None
+    known: threading.Event = field(default_factory=threading.Event)
 
     @property
     def waited_s(self) -> float:
@@ -96,9 +100,14 @@ class Lookup:
         return question
 
     def answer(self, question: Question) -> int | None:
-        """Return how many chunks can be loaded, None while unknown; 0 once it took too long."""
+        """Return how many chunks can be loaded, None while unknown; 0 once it took too long.
+
+        Waits a moment the first time: a near store answers sooner than the engine makes a step in
+        vain, and threads that look up need Python's lock, which a busy engine hardly lets go.
+        """
         if question.asked_s is None:
             question.asked_s = time.monotonic()
+            question.known.wait(FIRST_WAIT_S)
         if question.chunks is None and question.waited_s > self._settings.slo_s:
             self._settle(question, 0, Reason.LATE.value)
         return question.chunks
@@ -132,6 +141,7 @@ class Lookup:
                 return
             question.chunks = chunks
             question.reason = None if chunks else reason
+            question.known.set()
         if chunks:
             self._counters.add("request_hits_total")
             self._counters.add("hit_tokens_total", chunks * self._settings.chunk_tokens)

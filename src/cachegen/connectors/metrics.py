@@ -29,6 +29,8 @@ FAMILIES: dict[str, tuple[str | None, str]] = {
     "saved_tokens_total": (None, "tokens stored"),
     "saved_bytes_total": (None, "bytes of stored objects written"),
     "save_seconds_total": (None, "time spent encoding and storing"),
+    "staged_chunks_total": (None, "chunks copied out of the engine's cache to be saved"),
+    "settled_chunks_total": (None, "of these, chunks that were stored or dropped since"),
     "staged_bytes_total": (None, "bytes copied out of the engine's cache to be saved"),
     "stage_seconds_total": (None, "time that engine steps waited for these copies"),
     "skipped_saves_total": ("reason", "chunks not stored, by reason"),

@@ -1,12 +1,15 @@
 """Reading and writing blocks of an engine's paged cache, on the CPU or on a GPU.
 
-``stage`` copies blocks out in the order of the engine's own work, so that the engine may overwrite
-them as soon as it returns; turning the copy into host rows can then happen in any thread.
+``stage`` begins to copy blocks out, and ``finish_copies`` waits until the engine may overwrite
+them: on a CPU a thread copies meanwhile, on a GPU the engine's own stream keeps the order. Turning
+the copy into host rows can then happen in any thread.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,20 +77,35 @@ class PagedCache:
         self._arrays = [_bits(as_numpy(cache)) for cache in caches] if self._on_host else []
         self._stream: Any = None
         self._device = find_device(caches[0], layouts) if device is None else device
+        self._copier = ThreadPoolExecutor(1, "cachegen-copy")
+        self._copying: list[Future[list[Array]]] = []
 
     def stage(self, block_ids: Sequence[int]) -> StagedBlocks:
-        """Copy blocks out of every layer; the caller's stream of work orders the copy.
+        """Begin to copy blocks out of every layer; called in the order of the engine's work.
 
-        block_ids: as the scheduler counts blocks. Returns: the copy; nothing of the cache is
-            needed once this returns (CPU) or once the engine's stream has passed (GPU).
+        block_ids: as the scheduler counts blocks. The engine may write to them, and free them for
+        others, but not run before ``finish_copies``.
         """
-        if self._on_host:
-            copies = [
-                np.moveaxis(array, layout.block_axis, 0)[self._own_ids(block_ids, layout)]
-                for array, layout in zip(self._arrays, self._layouts, strict=True)
-            ]
-            return StagedBlocks(lambda: copies, sum(copy.nbytes for copy in copies))
-        return self._stage_device(block_ids)
+        if not self._on_host:
+            return self._stage_device(block_ids)
+        copying = self._copier.submit(self._copy, tuple(block_ids))
+        self._copying.append(copying)
+        values = len(block_ids) * self._block_tokens * self.geometry.values_per_token
+        return StagedBlocks(copying.result, values * self._arrays[0].itemsize)
+
+    @property
+    def is_copying(self) -> bool:
+        """True if there is something for ``finish_copies`` to wait for."""
+        return bool(self._copying)
+
+    def finish_copies(self) -> None:
+        """Wait until everything staged so far is copied, or will be before the engine's writes."""
+        wait(self._copying)
+        self._copying.clear()
+
+    def close(self) -> None:
+        """Stop the thread that copies, once it has nothing to do."""
+        self._copier.shutdown(wait=False)
 
     def to_chunk(
         self, blocks: Sequence[Any], *, first_position: int, rope: RopeSpec | None
@@ -177,6 +195,24 @@ class PagedCache:
         """Wait until everything written by this thread is in the cache."""
         if not self._on_host:
             self._device_stream().synchronize()
+
+    def _copy(self, block_ids: Sequence[int]) -> list[Array]:
+        """Copy blocks of every layer into one allocation: large enough for huge pages."""
+        own = [self._own_ids(block_ids, layout) for layout in self._layouts]
+        shapes = [
+            (len(ids), *layout.block_shape) for ids, layout in zip(own, self._layouts, strict=True)
+        ]
+        memory = np.empty(sum(math.prod(shape) for shape in shapes), self._arrays[0].dtype)
+        copies, begin = [], 0
+        for array, layout, ids, shape in zip(self._arrays, self._layouts, own, shapes, strict=True):
+            copy = memory[begin : begin + math.prod(shape)].reshape(shape)
+            begin += copy.size
+            blocks = np.moveaxis(array, layout.block_axis, 0)
+            # Block by block: a plain copy each, without Python's lock.
+            for place, block in enumerate(ids):
+                np.copyto(copy[place], blocks[block])
+            copies.append(copy)
+        return copies
 
     def _own_ids(self, block_ids: Sequence[int], layout: BlockLayout) -> Array:
         """Numbers of the cache's own blocks that make up the scheduler's blocks."""

@@ -59,6 +59,7 @@ class _Track:
     prompt_tokens: int
     seed: Seed
     question: Question | None
+    saves: bool = True
     block_ids: list[int] = field(default_factory=list)
     local_tokens: int = 0
     chains: list[bytes] = field(default_factory=list)
@@ -109,12 +110,25 @@ class Tracker:
         self._cancelled: list[str] = []
         self._released: list[str] = []
 
-    def add(self, request_id: str, tokens: Sequence[int], seed: Seed) -> None:
-        """Take in a request and begin its look-up. tokens: a live view that grows."""
-        if request_id not in self._tracks:
+    def add(
+        self,
+        request_id: str,
+        tokens: Sequence[int],
+        seed: Seed,
+        *,
+        loads: bool = True,
+        saves: bool = True,
+    ) -> None:
+        """Take in a request and begin its look-up.
+
+        tokens: a live view that grows. loads, saves: False to load or to save nothing of it.
+        """
+        if request_id not in self._tracks and (loads or saves):
             prompt = list(tokens)
-            question = self._lookup.ask(prompt, seed)
-            self._tracks[request_id] = _Track(request_id, tokens, len(prompt), seed, question)
+            question = self._lookup.ask(prompt, seed) if loads else None
+            self._tracks[request_id] = _Track(
+                request_id, tokens, len(prompt), seed, question, saves
+            )
 
     def knows(self, request_id: str) -> bool:
         """True for a request that was added and has not ended."""
@@ -241,7 +255,7 @@ class Tracker:
     def _due(self, track: _Track, reached: int) -> tuple[Piece, ...]:
         """Return the chunks that are whole in the cache now and not yet saved."""
         whole = reached // self._settings.chunk_tokens
-        if not self.saves or whole <= track.next_save:
+        if not (self.saves and track.saves) or whole <= track.next_save:
             return ()
         if len(track.chains) < whole:
             tokens = list(track.tokens[: whole * self._settings.chunk_tokens])
