@@ -46,7 +46,7 @@ from cachegen.codec.registry import decode
 from cachegen.profile import Profile
 
 # An object of two passes, both read.
-TWO_PASS_STEP = 0.6
+TWO_PASS_STEP = 1.0
 
 
 @dataclass(frozen=True)
