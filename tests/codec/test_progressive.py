@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -355,3 +356,33 @@ def test_early_layers_come_first_without_a_profile() -> None:
     assert len(header.groups) == 6
     refined = [header.groups[s.group].layer for s in header.segments if s.pass_index == 1]
     assert np.mean(refined[:2]) < np.mean(refined[-2:])
+
+
+def outlying_kv(seed: int, tokens: int = 96) -> KVChunk:
+    """KV of low rank with wide channels: components of it are hardly more than one channel each."""
+    rng = np.random.default_rng(seed)
+    heads, dim, rank = 12, 64, 24
+    planes = rng.normal(size=(2, 2, tokens, rank)) @ rng.normal(size=(2, 2, rank, heads * dim))
+    planes = planes.reshape(2, 2, tokens, heads, dim)
+    planes[..., ::16] *= 20
+    planes += 0.01 * rng.normal(size=planes.shape)
+    return KVChunk.from_array(planes.astype(np.float16))
+
+
+def test_a_profile_of_few_tokens_with_wide_channels() -> None:
+    profile = fit_basis([outlying_kv(0), outlying_kv(1)])
+    chunk = outlying_kv(2)
+    codec = ProgressiveCodec(profile=profile)
+    assert error(chunk, decode(codec.encode(chunk), profile=profile)) < 0.01
+
+
+def test_vectors_that_do_not_span_their_dimensions_are_refused() -> None:
+    chunk = correlated_kv(0)
+    profile = fit_basis([correlated_kv(1), correlated_kv(2)])
+    arrays = dict(profile.arrays)
+    name = next(name for name in arrays if name.endswith(".basis"))
+    arrays[name] = arrays[name].copy()
+    arrays[name][:, 1] = arrays[name][:, 0]
+    damaged = dataclasses.replace(profile, arrays=arrays)
+    with pytest.raises(ProfileError, match="orthonormal"):
+        ProgressiveCodec(profile=damaged).encode(chunk)
