@@ -21,8 +21,12 @@ inline constexpr size_t kBlockSteps = 128;
 // Streams that a kernel decodes side by side, so that their dependency chains overlap.
 inline constexpr size_t kGroupStreams = 4;
 
+// So many bytes behind the words of a stream can be read: kernels look for the end of the words
+// every few steps only.
+inline constexpr size_t kWordSlack = 1024;
+
 // Part of one stream to decode: consecutive steps of one place. The kernel advances state and
-// words; it reads nothing at or beyond words_end.
+// words; it uses nothing at or beyond words_end, and reads less than kWordSlack bytes there.
 struct DecodeRun {
     uint32_t state[kLanes];
     const uint8_t* words;  // 2 bytes each, little-endian, of any alignment

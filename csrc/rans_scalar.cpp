@@ -48,31 +48,18 @@ void decode_run(const AliasTable* tables, DecodeRun& run, size_t steps) {
     for (size_t step = 0; step < steps; ++step) {
         const AliasTable* const models = tables + run.models[step];
         uint8_t* symbols = run.symbols + step * kLanes;
-        if (static_cast<size_t>(run.words_end - words) >= 2 * kLanes) {
-            // A step takes at most one word per lane, so no read can pass the end. The word is
-            // loaded whether needed or not: a branch here would be mispredicted all the time.
-            for (unsigned lane = 0; lane < lanes; ++lane) {
-                const AliasTable& table = table_of<K>(models, contexts, step * kLanes + lane);
-                const uint32_t state = decode_symbol<K>(table, run.state[lane], symbols[lane]);
-                const bool refill = state < kStateMin;
-                const uint32_t refilled = state << 16 | load_word(words);
-                run.state[lane] = refill ? refilled : state;
-                words += refill ? 2 : 0;
-            }
-        } else {
-            for (unsigned lane = 0; lane < lanes; ++lane) {
-                const AliasTable& table = table_of<K>(models, contexts, step * kLanes + lane);
-                uint32_t state = decode_symbol<K>(table, run.state[lane], symbols[lane]);
-                if (state < kStateMin) {
-                    if (words == run.words_end) {
-                        run.starved = true;
-                        return;
-                    }
-                    state = state << 16 | load_word(words);
-                    words += 2;
-                }
-                run.state[lane] = state;
-            }
+        // The word is loaded whether needed or not: a branch here would be mispredicted all the time.
+        for (unsigned lane = 0; lane < lanes; ++lane) {
+            const AliasTable& table = table_of<K>(models, contexts, step * kLanes + lane);
+            const uint32_t state = decode_symbol<K>(table, run.state[lane], symbols[lane]);
+            const bool refill = state < kStateMin;
+            const uint32_t refilled = state << 16 | load_word(words);
+            run.state[lane] = refill ? refilled : state;
+            words += refill ? 2 : 0;
+        }
+        if (words > run.words_end) {
+            run.starved = true;
+            return;
         }
     }
     run.words = words;

@@ -10,7 +10,7 @@
 //     size_t step(Lanes&, Active, const Table*, model, words, step)
 //     void finish(DecodeRun&, steps)
 // `step` decodes one symbol in each lane and returns how many words it took; it may read, but not
-// use, kStepBytes from `words` on.
+// use, 2 * kLanes bytes from `words` on.
 #pragma once
 
 #include <array>
@@ -23,7 +23,7 @@
 namespace cachegen {
 namespace {  // one copy per backend, never merged by the linker: each has other compiler flags
 
-inline constexpr size_t kStepBytes = 2 * kLanes;  // the words of a step if every lane takes one
+inline constexpr size_t kUncheckedSteps = kWordSlack / (2 * kLanes);
 
 inline constexpr size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
@@ -48,37 +48,21 @@ void decode_side_by_side(const typename Coder::Table* tables, DecodeRun* const* 
         words[i] = runs[i]->words;
         models[i] = runs[i]->models;
     }
-    const auto words_left = [&](size_t i) {
-        return static_cast<size_t>(runs[i]->words_end - words[i]);
-    };
-    const auto decode_step = [&](size_t i, size_t step, const uint8_t* from) {
-        return 2 * coder[i].step(lanes[i], active[i], tables, models[i][step], from, step);
+    const auto decode_step = [&](size_t i, size_t step) {
+        return 2 * coder[i].step(lanes[i], active[i], tables, models[i][step], words[i], step);
     };
 
+    // Too few words are noticed a few steps late: what lies behind them may be read, but the symbols
+    // are void.
     for (size_t step = 0; step < steps;) {
-        // So many steps cannot pass the end, whatever they take. A step takes far less than the
-        // most, so this loop comes round a few times before the end is near.
-        size_t sure_end = steps;
-        for (size_t i = 0; i < N; ++i)
-            sure_end = least(sure_end, step + words_left(i) / kStepBytes);
-        for (; step < sure_end; ++step) {
+        const size_t end = least(steps, step + kUncheckedSteps);
+        for (; step < end; ++step) {
 #pragma GCC unroll 8
-            for (size_t i = 0; i < N; ++i) words[i] += decode_step(i, step, words[i]);
+            for (size_t i = 0; i < N; ++i) words[i] += decode_step(i, step);
         }
-        if (step == steps) break;
-        // One step near the end of some stream reads from a copy with zeros behind it.
-        for (size_t i = 0; i < N; ++i) {
-            uint8_t copy[kStepBytes] = {};
-            const size_t left = least(words_left(i), kStepBytes);
-            std::memcpy(copy, words[i], left);
-            const size_t taken = decode_step(i, step, copy);
-            if (taken > left) {
-                runs[i]->starved = true;
-                return;
-            }
-            words[i] += taken;
-        }
-        ++step;
+        bool starved = false;
+        for (size_t i = 0; i < N; ++i) starved |= runs[i]->starved = words[i] > runs[i]->words_end;
+        if (starved) return;
     }
 
     for (size_t i = 0; i < N; ++i) {

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "dispatch.h"
 #include "error.h"
@@ -33,6 +34,12 @@ public:
         run.starved = false;
         escapes_ = run.words_end;
         escapes_end_ = at += stream.escapes;
+        if (static_cast<size_t>(body.data() + body.size() - run.words_end) < kWordSlack) {
+            copy_.assign(run.words, run.words_end);
+            copy_.resize(stream.words + kWordSlack);
+            run.words = copy_.data();
+            run.words_end = run.words + stream.words;
+        }
         if (std::any_of(at, at + stream.padding, [](uint8_t byte) { return byte != 0; }))
             refuse("padding", "a non-zero byte", "zeros");
     }
@@ -82,6 +89,7 @@ public:
 private:
     uint64_t index_ = 0;  // of the stream, for messages
     unsigned lanes_ = 0;  // of the stream; run.lanes is that of the place
+    std::vector<uint8_t> copy_;  // of the words of a segment's last streams, with kWordSlack
     const uint8_t* raw_ = nullptr;
     const uint8_t *escapes_ = nullptr, *escapes_end_ = nullptr;
 };

@@ -151,7 +151,7 @@ struct Work {
                 for (uint32_t lane = 0; lane < kLanes; ++lane)
                     run.state[lane] = kStateMin + 0x01234567u * (lane + 1);
                 run.words = words.data();
-                run.words_end = words.data() + words.size();
+                run.words_end = words.data() + words.size() - kWordSlack;
                 run.models = models.data();
                 run.contexts = with_contexts ? contexts.at : nullptr;
                 run.symbols = out[i].at;
