@@ -108,6 +108,9 @@ public:
     size_t widest() const { return widest_; }
 
 private:
+    void prefetch_after(const EncodePlane& plane, size_t place,
+                        const std::byte* const* memory) const;
+
     TokenRows tokens_;
     uint64_t held_;
     size_t widest_ = 0;
@@ -121,10 +124,12 @@ struct GroupDigits {
     AlignedVector<uint16_t> codes;
     AlignedVector<uint8_t> symbols;
     AlignedVector<uint16_t> bins;  // of every kErrorPlaces-th place
+    // Of each channel the largest magnitude of pass 0, 16 for all from there on: by fit_group.
+    std::vector<uint8_t> most;
 };
 
 // Chooses the classes of a group and measures errors.
-void fit_group(EncodeGroup& group, const GroupDigits& digits, const EncodeSettings& settings);
+void fit_group(EncodeGroup& group, GroupDigits& digits, const EncodeSettings& settings);
 
 // Codes all passes; its buffers serve one group after the other. Symbols beyond an escape index are
 // replaced by it.

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 #include <limits>
+#include <utility>
 
 #include "dispatch.h"
 #include "fused_encode.h"
@@ -11,6 +12,7 @@ namespace {
 
 constexpr int kClassCount = 64, kOffsetSteps = 12;
 constexpr unsigned kZeroBin = 2;  // of a value that is 0: 4 * (0 + 1/2)
+constexpr unsigned kApart = 4;
 constexpr double kLateArea = 1.2 * 1.2;
 
 // Sums over values of their places in cells, in quarters of the finest one.
@@ -32,7 +34,7 @@ struct Moments {
 
 class GroupFit {
 public:
-    GroupFit(EncodeGroup& group, const GroupDigits& digits, const EncodeSettings& settings)
+    GroupFit(EncodeGroup& group, GroupDigits& digits, const EncodeSettings& settings)
         : group_(group),
           digits_(digits),
           settings_(settings),
@@ -43,18 +45,22 @@ public:
 
     void run() {
         group_.classes.assign(channels_, 0);
+        digits_.most.assign(channels_, 0);
         choose_classes();
         measure_errors();
     }
 
 private:
     // Counts of 15 bits: those of longer chunks lose their low bits.
-    void count(size_t channel, uint16_t* counts) const {
+    void count(size_t channel, uint16_t* counts) {
         uint32_t all[kMaxCounts];
         const size_t at = channel * kLanes;
         kernels().encode_rows.count_channel(digits_.codes.data() + at,
                                             digits_.symbols.data() + at, places_,
                                             channels_ * kLanes, refinements_, all);
+        unsigned most = kCoarseCounts - 2;
+        while (most && !all[most]) --most;
+        digits_.most[channel] = static_cast<uint8_t>(most);
         const uint64_t tokens = group_.shape.tokens;
         const auto idle = static_cast<uint32_t>(places_ * kLanes - tokens);
         all[0] -= idle;
@@ -95,6 +101,8 @@ private:
     std::vector<uint32_t> histograms(size_t& measured) const {
         const unsigned bins = kBins(refinements_);
         std::vector<uint32_t> all(kClassCount * bins);
+        // Neighbours often are in one bin: counted apart, so that they do not wait for each other.
+        std::vector<uint32_t> apart(kApart * bins);
         const TokenRows tokens(group_.shape);
         const auto keep = tokens.keep(group_.exempt);
         measured = 0;
@@ -103,13 +111,20 @@ private:
                                                        &keep[place * kLanes] + kLanes,
                                                        ~uint32_t{0}));
         const size_t rows = ceil_div(places_, kErrorPlaces);
-        for (size_t c = 0; c < channels_; ++c) {
-            uint32_t* const of = &all[group_.classes[c] % kClassCount * bins];
-            for (size_t row = 0; row < rows; ++row) {
-                const uint16_t* const bin = &digits_.bins[(row * channels_ + c) * kLanes];
-                for (unsigned e = 0; e < kLanes; ++e) ++of[bin[e]];
+        for (unsigned k = 0; k < kClassCount; ++k) {
+            uint32_t* const of = &all[k * bins];
+            size_t found = 0;
+            for (size_t c = 0; c < channels_; ++c) {
+                if (group_.classes[c] % kClassCount != k) continue;
+                ++found;
+                for (size_t row = 0; row < rows; ++row) {
+                    const uint16_t* const bin = &digits_.bins[(row * channels_ + c) * kLanes];
+                    for (unsigned e = 0; e < kLanes; ++e) ++apart[e % kApart * bins + bin[e]];
+                }
             }
-            of[kZeroBin] -= static_cast<uint32_t>(rows * kLanes - measured);
+            if (!found) continue;
+            for (unsigned i = 0; i < kApart * bins; ++i) of[i % bins] += std::exchange(apart[i], 0);
+            of[kZeroBin] -= static_cast<uint32_t>(found * (rows * kLanes - measured));
         }
         return all;
     }
@@ -153,7 +168,7 @@ private:
     }
 
     EncodeGroup& group_;
-    const GroupDigits& digits_;
+    GroupDigits& digits_;
     const EncodeSettings& settings_;
     unsigned refinements_;
     size_t channels_, places_;
@@ -162,7 +177,7 @@ private:
 
 }  // namespace
 
-void fit_group(EncodeGroup& group, const GroupDigits& digits, const EncodeSettings& settings) {
+void fit_group(EncodeGroup& group, GroupDigits& digits, const EncodeSettings& settings) {
     GroupFit(group, digits, settings).run();
 }
 

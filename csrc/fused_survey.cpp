@@ -195,11 +195,29 @@ void UnitReader::read(const EncodePlane& plane, size_t head, size_t place, float
                                         static_cast<int64_t>(head) * plane.head_stride
                                   : nothing_.data();
     }
+    prefetch_after(plane, place, memory);
     const LadderEncodeRows& kernel = kernels().encode_rows;
     kernel.read_tile[static_cast<size_t>(plane.type)](memory, plane.dim, rows);
     if (plane.cos)
         kernel.turn_back(rows, plane.half, plane.interleaved, plane.cos + place * kLanes,
                          plane.sin + place * kLanes, tokens_.places() * kLanes);
+}
+
+// Rows of a tile lie so far apart that processors do not foresee the next one. It goes to the second
+// level, as in the first these rows would drive one another out.
+void UnitReader::prefetch_after(const EncodePlane& plane, size_t place,
+                                const std::byte* const* memory) const {
+    constexpr size_t kLine = 64;
+    const bool same_head = place + 1 < tokens_.places();
+    const int64_t further = same_head ? plane.token_stride
+                                      : plane.head_stride - static_cast<int64_t>(place) *
+                                                                plane.token_stride;
+    const size_t bytes = plane.dim * (plane.type == KVType::Float32 ? 4 : 2);
+    for (unsigned e = 0; e < kLanes; ++e) {
+        const auto row = reinterpret_cast<uintptr_t>(memory[e]) + static_cast<uintptr_t>(further);
+        for (size_t at = 0; at < bytes; at += kLine)
+            __builtin_prefetch(reinterpret_cast<const void*>(row + at), 0, 2);
+    }
 }
 
 void survey_group(EncodeGroup& group) {
