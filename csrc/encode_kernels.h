@@ -57,7 +57,8 @@ struct alignas(64) CoarseEncodeTable {
     float reciprocal[32];
 };
 // Both contexts of a model of a later pass, entry 4 * context + digit. The slot of a rank is
-// rank + base, + more[0] from bound[0] on, + more[1] from bound[1] on, modulo 2^16.
+// rank + base, + more[0] from bound[0] on, + more[1] from bound[1] on, modulo 2^16. Entries repeat,
+// so that it does not matter what is above the three bits of an index.
 struct alignas(64) RefineEncodeTable {
     uint16_t freq[32], base[32], bound[2][32], more[2][32];
     float reciprocal[16];
