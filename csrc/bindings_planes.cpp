@@ -101,11 +101,11 @@ void normalize(const Matrix<const uint32_t>& counts, const Vector<const double>&
                      {bits_saved.data(), bits_saved.size()}, freqs.data());
 }
 
-void fit(const Matrix<const uint32_t>& counts, const Matrix<const double>& costs,
+void fit(const Matrix<const uint32_t>& counts, const Array<const int16_t, nb::ndim<3>>& costs,
          const Vector<uint8_t>& classes, const Vector<uint8_t>& rotations) {
     const size_t channels = counts.shape(0);
-    require(counts.shape(1) == 32 && costs.shape(0) == 32 && costs.shape(1) >= 1 &&
-                costs.shape(1) <= 128, "costs");
+    require(counts.shape(1) == 32 && costs.shape(0) == 16 && costs.shape(1) >= 1 &&
+                costs.shape(1) <= 128 && costs.shape(2) == 2, "costs");
     require(classes.size() == channels && rotations.size() == channels, "classes");
     nb::gil_scoped_release release;
     fit_classes({counts.data(), counts.size()}, {costs.data(), costs.size()}, costs.shape(1),

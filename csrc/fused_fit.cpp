@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 #include "dispatch.h"
@@ -111,22 +112,30 @@ private:
                                                        &keep[place * kLanes] + kLanes,
                                                        ~uint32_t{0}));
         const size_t rows = ceil_div(places_, kErrorPlaces);
-        for (unsigned k = 0; k < kClassCount; ++k) {
-            uint32_t* const of = &all[k * bins];
-            size_t found = 0;
-            for (size_t c = 0; c < channels_; ++c) {
-                if (group_.classes[c] % kClassCount != k) continue;
-                ++found;
-                for (size_t row = 0; row < rows; ++row) {
-                    const uint16_t* const bin = &digits_.bins[(row * channels_ + c) * kLanes];
-                    for (unsigned e = 0; e < kLanes; ++e) ++apart[e % kApart * bins + bin[e]];
-                }
-            }
-            if (!found) continue;
-            for (unsigned i = 0; i < kApart * bins; ++i) of[i % bins] += std::exchange(apart[i], 0);
-            of[kZeroBin] -= static_cast<uint32_t>(found * (rows * kLanes - measured));
+        const auto class_of = [&](size_t c) { return group_.classes[c] % kClassCount; };
+        std::vector<size_t> order(channels_);  // by class
+        std::iota(order.begin(), order.end(), size_t{0});
+        std::sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+            return std::pair(class_of(a), a) < std::pair(class_of(b), b);
+        });
+        for (size_t first = 0, end; first < channels_; first = end) {
+            const int k = class_of(order[first]);
+            for (end = first; end < channels_ && class_of(order[end]) == k; ++end)
+                for (size_t row = 0; row < rows; ++row)
+                    add_row(&digits_.bins[(row * channels_ + order[end]) * kLanes], apart.data());
+            uint32_t* const of = &all[static_cast<size_t>(k) * bins];
+            for (unsigned way = 0; way < kApart; ++way)
+                for (unsigned bin = 0; bin < bins; ++bin)
+                    of[bin] += std::exchange(apart[way * bins + bin], 0);
+            of[kZeroBin] -= static_cast<uint32_t>((end - first) * (rows * kLanes - measured));
         }
         return all;
+    }
+
+    void add_row(const uint16_t* row, uint32_t* apart) const {
+        const unsigned bins = kBins(refinements_);
+        for (unsigned e = 0; e < kLanes; e += kApart)
+            for (unsigned way = 0; way < kApart; ++way) ++apart[way * bins + row[e + way]];
     }
 
     void measure_errors() {

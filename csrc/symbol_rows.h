@@ -136,13 +136,47 @@ inline void count_symbols(const uint8_t* symbols, size_t stride, size_t tokens, 
     }
 }
 
-inline void class_bits(const double* counts, const double* costs, size_t classes,
-                       double* __restrict bits) {
-    std::fill_n(bits, classes, 0.0);
-    for (size_t value = 0; value < 32; ++value, costs += classes) {
-        const double count = counts[value];
-        if (count == 0) continue;
-        for (size_t c = 0; c < classes; ++c) bits[c] += count * costs[c];
+inline void class_bits(const uint16_t* counts, const int16_t* costs, size_t classes,
+                       uint32_t* __restrict bits) {
+    uint32_t pairs[16];  // of counts
+    std::memcpy(pairs, counts, sizeof pairs);
+    size_t c = 0;
+#if defined(__AVX2__)
+    constexpr size_t kRegisters = 8, kEach = 8;  // classes of a register
+    for (; c + kEach <= classes; c += kRegisters * kEach) {
+        const size_t used = std::min(kRegisters, (classes - c) / kEach);
+        __m256i sums[kRegisters];
+        for (__m256i& sum : sums) sum = _mm256_setzero_si256();
+        const auto add = [&](size_t registers) {
+            for (size_t pair = 0; pair < 16; ++pair) {
+                if (!pairs[pair]) continue;
+                const __m256i times = _mm256_set1_epi32(static_cast<int>(pairs[pair]));
+                const int16_t* const row = costs + 2 * (pair * classes + c);
+                for (size_t i = 0; i < registers; ++i)
+                    sums[i] = _mm256_add_epi32(
+                        sums[i],
+                        _mm256_madd_epi16(times, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(
+                                                     row + 2 * kEach * i))));
+            }
+        };
+        if (used == kRegisters)
+            add(kRegisters);
+        else
+            add(used);
+        for (size_t i = 0; i < used; ++i)
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits + c + i * kEach), sums[i]);
+    }
+    c = classes / kEach * kEach;
+#endif
+    std::fill(bits + c, bits + classes, 0u);
+    for (size_t pair = 0; pair < 16; ++pair) {
+        const uint32_t first = counts[2 * pair], second = counts[2 * pair + 1];
+        if (!pairs[pair]) continue;
+        for (size_t at = c; at < classes; ++at) {
+            const int16_t* const both = costs + 2 * (pair * classes + at);
+            bits[at] += first * static_cast<uint32_t>(both[0]) +
+                        second * static_cast<uint32_t>(both[1]);
+        }
     }
 }
 

@@ -321,8 +321,9 @@ struct Work {
                        counts.data());
         });
         constexpr size_t kClasses = 112, kValues = 32;
-        const std::vector<double> costs(kClasses * kValues, 1.5), some(kValues, 2.0);
-        std::vector<double> bits(kClasses);
+        const std::vector<int16_t> costs(kClasses * kValues, 1500);
+        const std::vector<uint16_t> some(kValues, 2);
+        std::vector<uint32_t> bits(kClasses);
         row("class_bits", kValues, 1, [&](size_t classes) {
             rows.class_bits(some.data(), costs.data(), classes, bits.data());
         });

@@ -67,7 +67,7 @@ def test_classes(shape: tuple[int, int], levels: int, isa: str) -> None:
 
 def test_refuses_sizes_that_do_not_fit() -> None:
     counts = np.zeros((4, 32), np.uint32)
-    costs = np.zeros((32, 129))
+    costs = np.zeros((16, 129, 2), np.int16)
     rows = np.zeros((2, 4), np.uint8)
     with pytest.raises(GeometryError):
         native.fit_classes(counts, costs)

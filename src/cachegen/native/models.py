@@ -36,10 +36,11 @@ def normalize_counts(counts: Counts, bits_saved: NDArray[np.float64]) -> NDArray
     return freqs
 
 
-def fit_classes(counts: Counts, costs: NDArray[np.float64]) -> tuple[Symbols, Symbols]:
+def fit_classes(counts: Counts, costs: NDArray[np.int16]) -> tuple[Symbols, Symbols]:
     """Choose for every channel the frozen table and the rotation with the shortest code.
 
-    counts: (C, 32). costs: (32, classes) bits of a value in each. Returns: classes, rotations.
+    counts: (C, 32). costs: (16, classes, 2), in 1/1024 bit, of pairs of values in each class.
+    Returns: classes, rotations.
     """
     chosen: NDArray[Any] = np.zeros((2, len(counts)), np.uint8)
     _core.fit_classes(counts, costs, chosen[0], chosen[1])
