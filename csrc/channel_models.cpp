@@ -84,11 +84,10 @@ void fit_classes(std::span<const uint32_t> counts, std::span<const int16_t> cost
         for (size_t v = 0; v < kValues; ++v) total += row[v], sum += v * row[v];
         const double mean = static_cast<double>(sum) / static_cast<double>(std::max<uint64_t>(total, 1));
         uint64_t best = std::numeric_limits<uint64_t>::max();
-        const auto take = [&](const auto* bits, size_t rotation) {
-            const auto* const least = std::min_element(bits, bits + classes);
-            if (*least >= best) return;
-            best = *least;
-            *chosen = static_cast<uint8_t>(least - bits);
+        const auto take = [&](const auto* bits, uint64_t least, size_t rotation) {
+            if (least >= best) return;
+            best = least;
+            *chosen = static_cast<uint8_t>(std::find(bits, bits + classes, least) - bits);
             *rotations = static_cast<uint8_t>(rotation);
         };
         for (const int step : {0, -1, 1}) {
@@ -99,8 +98,7 @@ void fit_classes(std::span<const uint32_t> counts, std::span<const int16_t> cost
                 for (size_t v = 0; v < kValues; ++v)
                     rotated[v] = static_cast<uint16_t>(row[(v + rotation) % kValues]);
                 uint32_t bits[kMostClasses];
-                rows.class_bits(rotated, costs.data(), classes, bits);
-                take(bits, rotation);
+                take(bits, rows.class_bits(rotated, costs.data(), classes, bits), rotation);
                 continue;
             }
             uint64_t bits[kMostClasses] = {};
@@ -108,7 +106,7 @@ void fit_classes(std::span<const uint32_t> counts, std::span<const int16_t> cost
                 for (size_t c = 0; c < classes; ++c)
                     bits[c] += row[(v + rotation) % kValues] *
                                static_cast<uint64_t>(costs[2 * (v / 2 * classes + c) + v % 2]);
-            take(bits, rotation);
+            take(bits, *std::min_element(bits, bits + classes), rotation);
         }
     }
 }

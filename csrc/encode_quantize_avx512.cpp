@@ -31,11 +31,23 @@ constexpr uint16_t code_of(unsigned rest, bool early, bool negative) {
     return static_cast<uint16_t>(code);
 }
 
+// Bit 5 * (pass - 1) + i: whether the field of the pass is i + 1, where context 1 makes 3, 4 and 5
+// of digits.
+template <unsigned R>
+constexpr uint16_t flags_of(unsigned code) {
+    unsigned flags = 0;
+    for (unsigned pass = 0; pass < R; ++pass) {
+        const unsigned field = code >> 3 * pass & 7, number = field - (field >> 2);
+        if (number) flags |= 1u << (5 * pass + number - 1);
+    }
+    return static_cast<uint16_t>(flags);
+}
+
 // Codes by what a value is: late ones by magnitude, the negative ones from 16 on; early ones by the
-// rest of their magnitude.
+// rest of their magnitude. And the flags of these codes.
 template <unsigned R>
 struct Codes {
-    alignas(64) uint16_t late[kLanes], early[kLanes];
+    alignas(64) uint16_t late[kLanes], early[kLanes], late_flags[kLanes], early_flags[kLanes];
 };
 template <unsigned R>
 constexpr Codes<R> kCodes = [] {
@@ -45,9 +57,28 @@ constexpr Codes<R> kCodes = [] {
     for (unsigned i = 0; i < kLanes; ++i) {
         if (i % 16 <= half) codes.late[i] = code_of<R>(i % 16 + half, false, i >= 16);
         if (i < power_of_three(R)) codes.early[i] = code_of<R>(i, true, false);
+        codes.late_flags[i] = flags_of<R>(codes.late[i]);
+        codes.early_flags[i] = flags_of<R>(codes.early[i]);
     }
     return codes;
 }();
+
+// How often each bit is set in a row of words, added to 64 counters: bytes of eight lanes are turned,
+// so that a byte holds one bit of each. Counter 8 i + b is for bit b of some low bytes, from 32 on of
+// the high ones.
+inline void count_bits(__m512i row, uint8_t* counters) {
+    static constexpr auto kByteOrder = [] {
+        struct alignas(64) Order : std::array<uint8_t, 64> {} order{};
+        for (unsigned i = 0; i < 64; ++i)
+            order[i] = static_cast<uint8_t>(2 * (i % 32) + i / 32);
+        return order;
+    }();
+    const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(kByteOrder.data()), row);
+    const __m512i turned = _mm512_gf2p8affine_epi64_epi8(
+        _mm512_set1_epi64(static_cast<long long>(0x8040201008040201)), bytes, 0);
+    _mm512_storeu_si512(counters,
+                        _mm512_add_epi8(_mm512_loadu_si512(counters), _mm512_popcnt_epi8(turned)));
+}
 
 // Rows of a tile one after the other; a row nearly always has late values only.
 template <unsigned R>
@@ -57,7 +88,9 @@ public:
         : weight_(_mm512_set1_ps(job.weight)),
           inverse_(_mm512_set1_ps(job.inverse)),
           late_codes_(_mm512_load_si512(kCodes<R>.late)),
-          early_codes_(_mm512_load_si512(kCodes<R>.early)) {
+          early_codes_(_mm512_load_si512(kCodes<R>.early)),
+          late_flags_(_mm512_load_si512(kCodes<R>.late_flags)),
+          early_flags_(_mm512_load_si512(kCodes<R>.early_flags)) {
         for (unsigned i = 0; i < 2; ++i) {
             keep_[i] = _mm512_loadu_si512(job.keep + 16 * i);
             largest_[i] = _mm512_loadu_ps(job.largest + 16 * i);
@@ -67,8 +100,10 @@ public:
     void run(const QuantizeJob& job) {
         for (size_t row = 0; row < job.count; ++row) {
             uint16_t* const bins = job.bins ? job.bins + row * kLanes : nullptr;
-            quantize(job.rows + row * kLanes, job.mean[row], job.codes + row * kLanes,
-                     job.symbols + row * kLanes, bins);
+            const __m512i flags =
+                quantize(job.rows + row * kLanes, job.mean[row], job.codes + row * kLanes,
+                         job.symbols + row * kLanes, bins);
+            if (job.tallies) count_bits(flags, job.tallies + row * kTally);
         }
         for (unsigned i = 0; i < 2; ++i) _mm512_storeu_ps(job.largest + 16 * i, largest_[i]);
     }
@@ -85,8 +120,9 @@ private:
         return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), packed);
     }
 
-    [[gnu::always_inline]] void quantize(const float* row, float mean, uint16_t* codes,
-                                         uint8_t* symbols, uint16_t* bins) {
+    // Returns the flags of all codes.
+    [[gnu::always_inline]] __m512i quantize(const float* row, float mean, uint16_t* codes,
+                                            uint8_t* symbols, uint16_t* bins) {
         const __m512 centre = _mm512_set1_ps(mean);
         __m512i bits[2];
         __m512 inside[2], cells[2];
@@ -111,15 +147,15 @@ private:
         const __m512i late = _mm512_min_epi16(
             pack(_mm512_cvttps_epi32(cells[0]), _mm512_cvttps_epi32(cells[1])), words(kHalf));
         const __m512i signs = pack(bits[0], bits[1]);
-        if (early[0] | early[1]) {
-            store(pack_inside(inside, 1), in_order(late), in_order(signs), codes, symbols);
-            return;
-        }
+        if (early[0] | early[1])
+            return store(pack_inside(inside, 1), in_order(late), in_order(signs), codes, symbols)
+                .flags;
         // 16 more for those that are negative.
-        const __m512i index = _mm512_ternarylogic_epi32(late, _mm512_srli_epi16(signs, 11),
-                                                        words(16), 0xf8);
-        _mm512_storeu_si512(codes, _mm512_permutexvar_epi16(in_order(index), late_codes_));
+        const __m512i index = in_order(_mm512_ternarylogic_epi32(
+            late, _mm512_srli_epi16(signs, 11), words(16), 0xf8));
+        _mm512_storeu_si512(codes, _mm512_permutexvar_epi16(index, late_codes_));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(symbols), _mm256_setzero_si256());
+        return _mm512_permutexvar_epi16(index, late_flags_);
     }
 
     // Places in the cells of pass 0, in steps or in quarters of them, below the largest of all.
@@ -131,9 +167,14 @@ private:
             words(unit * kReach - 1)));
     }
 
-    // Returns which values are early, and of those what is left of their magnitudes.
-    __mmask32 store(__m512i inside, __m512i late, __m512i signs, uint16_t* codes, uint8_t* symbols,
-                    __m512i* left = nullptr) const {
+    // Which values are early, what is left of their magnitudes in their cells, and flags of all.
+    struct Stored {
+        __mmask32 early;
+        __m512i rest, flags;
+    };
+
+    Stored store(__m512i inside, __m512i late, __m512i signs, uint16_t* codes,
+                 uint8_t* symbols) const {
         constexpr unsigned shift = std::bit_width(static_cast<unsigned>(kStep)) - 1;
         constexpr int reciprocal = ((65536 << shift) + kStep - 1) / kStep;
         const __m512i index =
@@ -141,73 +182,42 @@ private:
         const __m512i rest = _mm512_sub_epi16(inside, _mm512_mullo_epi16(index, words(kStep)));
         const __mmask32 early = _mm512_test_epi16_mask(index, index);
         const __mmask32 negative = _mm512_movepi16_mask(signs);
-        const __m512i of_late = _mm512_permutexvar_epi16(
-            _mm512_mask_add_epi16(late, negative, late, words(16)), late_codes_);
-        _mm512_storeu_si512(codes, _mm512_mask_permutexvar_epi16(of_late, early, rest,
-                                                                 early_codes_));
+        const __m512i of_late = _mm512_mask_add_epi16(late, negative, late, words(16));
+        const auto find = [&](__m512i late_entries, __m512i early_entries) {
+            return _mm512_mask_permutexvar_epi16(
+                _mm512_permutexvar_epi16(of_late, late_entries), early, rest, early_entries);
+        };
+        _mm512_storeu_si512(codes, find(late_codes_, early_codes_));
         const __m512i twice = _mm512_add_epi16(index, index);
         const __m512i symbol =
             _mm512_mask_sub_epi16(twice, early & negative, twice, words(1));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(symbols), _mm512_cvtepi16_epi8(symbol));
-        if (left) *left = rest;
-        return early;
+        return {early, rest, find(late_flags_, early_flags_)};
     }
 
     // With quarters of cells, for the histograms of errors.
-    [[gnu::noinline]] void quantize_measured(const __m512i (&bits)[2], const __m512 (&inside)[2],
-                                             const __m512 (&cells)[2], uint16_t* codes,
-                                             uint8_t* symbols, uint16_t* bins) const {
+    [[gnu::noinline]] __m512i quantize_measured(const __m512i (&bits)[2],
+                                                const __m512 (&inside)[2],
+                                                const __m512 (&cells)[2], uint16_t* codes,
+                                                uint8_t* symbols, uint16_t* bins) const {
         const __m512i quarters = pack_inside(inside, 4);
         const __m512 four = _mm512_set1_ps(4);
         const __m512i late = in_order(
             _mm512_min_epi16(pack(_mm512_cvttps_epi32(_mm512_mul_ps(cells[0], four)),
                                   _mm512_cvttps_epi32(_mm512_mul_ps(cells[1], four))),
                              words(4 * kHalf + 3)));
-        __m512i rest;
-        const __mmask32 early =
-            store(_mm512_srli_epi16(quarters, 2), _mm512_srli_epi16(late, 2),
-                  in_order(pack(bits[0], bits[1])), codes, symbols, &rest);
+        const Stored stored = store(_mm512_srli_epi16(quarters, 2), _mm512_srli_epi16(late, 2),
+                                    in_order(pack(bits[0], bits[1])), codes, symbols);
         const __m512i in_cell = _mm512_add_epi16(
-            _mm512_add_epi16(_mm512_slli_epi16(rest, 2), words(kLateBins(R))),
+            _mm512_add_epi16(_mm512_slli_epi16(stored.rest, 2), words(kLateBins(R))),
             _mm512_and_si512(quarters, words(3)));
-        _mm512_storeu_si512(bins, _mm512_mask_mov_epi16(late, early, in_cell));
+        _mm512_storeu_si512(bins, _mm512_mask_mov_epi16(late, stored.early, in_cell));
+        return stored.flags;
     }
 
     __m512 weight_, inverse_;
-    __m512i late_codes_, early_codes_, keep_[2];
+    __m512i late_codes_, early_codes_, late_flags_, early_flags_, keep_[2];
     __m512 largest_[2];
-};
-
-// Counts bits of words: bytes of eight lanes are turned, so that a byte holds one bit of each.
-class BitCounter {
-public:
-    void add(__m512i row) {
-        const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(kByteOrder.data()), row);
-        const __m512i turned = _mm512_gf2p8affine_epi64_epi8(
-            _mm512_set1_epi64(static_cast<long long>(0x8040201008040201)), bytes, 0);
-        sums_ = _mm512_add_epi8(sums_, _mm512_popcnt_epi8(turned));
-    }
-
-    // Adds to counts what was found of each bit of a word, and begins anew.
-    void flush(uint32_t (&counts)[16]) {
-        alignas(64) uint8_t sums[64];
-        _mm512_store_si512(sums, sums_);
-        sums_ = _mm512_setzero_si512();
-        for (unsigned bit = 0; bit < 16; ++bit)
-            for (unsigned part = 0; part < 4; ++part)
-                counts[bit] += sums[32 * (bit / 8) + 8 * part + bit % 8];
-    }
-
-private:
-    // Low bytes of all words first, then the high ones.
-    static constexpr auto kByteOrder = [] {
-        struct alignas(64) Order : std::array<uint8_t, 64> {} order{};
-        for (unsigned i = 0; i < 64; ++i)
-            order[i] = static_cast<uint8_t>(2 * (i % 32) + i / 32);
-        return order;
-    }();
-
-    __m512i sums_ = _mm512_setzero_si512();
 };
 
 }  // namespace
@@ -220,43 +230,37 @@ template void quantize_rows_avx512<1>(const QuantizeJob&);
 template void quantize_rows_avx512<2>(const QuantizeJob&);
 template void quantize_rows_avx512<3>(const QuantizeJob&);
 
-void count_channel_avx512(const uint16_t* codes, const uint8_t* symbols, size_t places,
-                          size_t stride, unsigned refinements, uint32_t* counts) {
-    // A byte of a counter grows by at most 8 with a row.
-    constexpr size_t kRowsAtOnce = 31;
+void count_channel_avx512(const uint16_t* codes, const uint8_t* symbols, const uint8_t* tally,
+                          size_t places, size_t stride, unsigned refinements, uint32_t* counts) {
     std::fill_n(counts, kMaxCounts, 0u);
-    uint32_t single[16] = {}, seen[16] = {};
-    __m256i any = _mm256_setzero_si256();
-    for (size_t begin = 0; begin < places; begin += kRowsAtOnce) {
-        BitCounter bits, with_context;
-        for (size_t place = begin; place < std::min(places, begin + kRowsAtOnce); ++place) {
-            const __m512i code = _mm512_loadu_si512(codes + place * stride);
-            bits.add(code);
-            // The bit of a digit stays where its context is 1.
-            const __m512i context = _mm512_or_si512(
-                _mm512_and_si512(_mm512_srli_epi16(code, 2), words(011111)),
-                _mm512_and_si512(_mm512_srli_epi16(code, 1), words(022222)));
-            with_context.add(_mm512_and_si512(code, context));
-            any = _mm256_or_si256(any, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(
-                                           symbols + place * stride)));
-        }
-        bits.flush(single);
-        with_context.flush(seen);
-    }
     const auto all = static_cast<uint32_t>(places * kLanes);
+    __m256i any = _mm256_setzero_si256();
+    for (size_t place = 0; place < places; ++place)
+        any = _mm256_or_si256(any, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(
+                                       symbols + place * stride)));
     if (_mm256_testz_si256(any, any))
         counts[0] = all;
     else
         count_coarse(symbols, places, stride, counts);
-    for (unsigned pass = 0; pass < refinements; ++pass) {
-        uint32_t* const of = counts + kCoarseCounts + kRefineCounts * pass;
-        const unsigned bit = 3 * pass;
-        of[1] = single[bit] - seen[bit];
-        of[2] = single[bit + 1] - seen[bit + 1];
-        of[0] = all - single[bit + 2] - of[1] - of[2];
-        of[4] = seen[bit];
-        of[5] = seen[bit + 1];
-        of[3] = single[bit + 2] - of[4] - of[5];
+    uint32_t* of = counts + kCoarseCounts;
+    for (unsigned pass = 0; pass < refinements; ++pass, of += kRefineCounts) {
+        of[0] = all;
+        for (unsigned field = 1; field < kRefineCounts; ++field) {
+            if (tally) {
+                const unsigned bit = 5 * pass + field - 1;
+                for (unsigned i = 0; i < 4; ++i)
+                    of[field] += tally[32 * (bit / 8) + 8 * i + bit % 8];
+            } else {
+                const unsigned code = field < 3 ? field : field + 1;
+                for (size_t place = 0; place < places; ++place)
+                    of[field] += static_cast<uint32_t>(std::popcount(_mm512_cmpeq_epi16_mask(
+                        _mm512_and_si512(
+                            _mm512_srli_epi16(_mm512_loadu_si512(codes + place * stride), 3 * pass),
+                            words(7)),
+                        words(static_cast<int>(code)))));
+            }
+            of[0] -= of[field];
+        }
     }
 }
 

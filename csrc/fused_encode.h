@@ -123,6 +123,7 @@ void survey_group(EncodeGroup& group);
 struct GroupDigits {
     AlignedVector<uint16_t> codes;
     AlignedVector<uint8_t> symbols;
+    AlignedVector<uint8_t> tallies;  // of the channels, see QuantizeJob; or none
     AlignedVector<uint16_t> bins;  // of every kErrorPlaces-th place
     // Of each channel the largest magnitude of pass 0, 16 for all from there on: by fit_group.
     std::vector<uint8_t> most;

@@ -56,8 +56,10 @@ private:
     void count(size_t channel, uint16_t* counts) {
         uint32_t all[kMaxCounts];
         const size_t at = channel * kLanes;
+        const uint8_t* const tally =
+            digits_.tallies.empty() ? nullptr : &digits_.tallies[channel * kTally];
         kernels().encode_rows.count_channel(digits_.codes.data() + at,
-                                            digits_.symbols.data() + at, places_,
+                                            digits_.symbols.data() + at, tally, places_,
                                             channels_ * kLanes, refinements_, all);
         unsigned most = kCoarseCounts - 2;
         while (most && !all[most]) --most;

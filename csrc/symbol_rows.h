@@ -136,8 +136,8 @@ inline void count_symbols(const uint8_t* symbols, size_t stride, size_t tokens, 
     }
 }
 
-inline void class_bits(const uint16_t* counts, const int16_t* costs, size_t classes,
-                       uint32_t* __restrict bits) {
+inline uint32_t class_bits(const uint16_t* counts, const int16_t* costs, size_t classes,
+                           uint32_t* __restrict bits) {
     uint32_t pairs[16];  // of counts
     std::memcpy(pairs, counts, sizeof pairs);
     size_t c = 0;
@@ -178,6 +178,9 @@ inline void class_bits(const uint16_t* counts, const int16_t* costs, size_t clas
                         second * static_cast<uint32_t>(both[1]);
         }
     }
+    uint32_t least = bits[0];
+    for (size_t at = 0; at < classes; ++at) least = std::min(least, bits[at]);
+    return least;
 }
 
 // Past the caches, where whole lines go: nothing of the old contents is needed.
