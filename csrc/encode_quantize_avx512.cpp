@@ -32,7 +32,8 @@ constexpr uint16_t code_of(unsigned rest, bool early, bool negative) {
 }
 
 // Bit 5 * (pass - 1) + i: whether the field of the pass is i + 1, where context 1 makes 3, 4 and 5
-// of digits.
+// of digits. The top bit is for values that are significant in pass 0.
+constexpr unsigned kEarlyBit = 15;
 template <unsigned R>
 constexpr uint16_t flags_of(unsigned code) {
     unsigned flags = 0;
@@ -78,6 +79,19 @@ inline void count_bits(__m512i row, uint8_t* counters) {
         _mm512_set1_epi64(static_cast<long long>(0x8040201008040201)), bytes, 0);
     _mm512_storeu_si512(counters,
                         _mm512_add_epi8(_mm512_loadu_si512(counters), _mm512_popcnt_epi8(turned)));
+}
+
+// Sums of the counters of each bit.
+inline void add_tally(const uint8_t* tally, uint16_t (&set)[16]) {
+    for (unsigned half = 0; half < 2; ++half) {
+        const __m512i wide = _mm512_cvtepu8_epi16(
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tally + 32 * half)));
+        const __m256i two = _mm256_add_epi16(_mm512_castsi512_si256(wide),
+                                             _mm512_extracti64x4_epi64(wide, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(set + 8 * half),
+                         _mm_add_epi16(_mm256_castsi256_si128(two),
+                                       _mm256_extracti128_si256(two, 1)));
+    }
 }
 
 // Rows of a tile one after the other; a row nearly always has late values only.
@@ -192,7 +206,9 @@ private:
         const __m512i symbol =
             _mm512_mask_sub_epi16(twice, early & negative, twice, words(1));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(symbols), _mm512_cvtepi16_epi8(symbol));
-        return {early, rest, find(late_flags_, early_flags_)};
+        const __m512i flags = find(late_flags_, early_flags_);
+        return {early, rest,
+                _mm512_or_si512(flags, _mm512_maskz_mov_epi16(early, words(1 << kEarlyBit)))};
     }
 
     // With quarters of cells, for the histograms of errors.
@@ -234,11 +250,9 @@ void count_channel_avx512(const uint16_t* codes, const uint8_t* symbols, const u
                           size_t places, size_t stride, unsigned refinements, uint32_t* counts) {
     std::fill_n(counts, kMaxCounts, 0u);
     const auto all = static_cast<uint32_t>(places * kLanes);
-    __m256i any = _mm256_setzero_si256();
-    for (size_t place = 0; place < places; ++place)
-        any = _mm256_or_si256(any, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(
-                                       symbols + place * stride)));
-    if (_mm256_testz_si256(any, any))
+    uint16_t set[16] = {};  // how often each bit of the flags is
+    if (tally) add_tally(tally, set);
+    if (tally && !set[kEarlyBit])
         counts[0] = all;
     else
         count_coarse(symbols, places, stride, counts);
@@ -247,9 +261,7 @@ void count_channel_avx512(const uint16_t* codes, const uint8_t* symbols, const u
         of[0] = all;
         for (unsigned field = 1; field < kRefineCounts; ++field) {
             if (tally) {
-                const unsigned bit = 5 * pass + field - 1;
-                for (unsigned i = 0; i < 4; ++i)
-                    of[field] += tally[32 * (bit / 8) + 8 * i + bit % 8];
+                of[field] = set[5 * pass + field - 1];
             } else {
                 const unsigned code = field < 3 ? field : field + 1;
                 for (size_t place = 0; place < places; ++place)

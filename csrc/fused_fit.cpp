@@ -115,11 +115,10 @@ private:
                                                        ~uint32_t{0}));
         const size_t rows = ceil_div(places_, kErrorPlaces);
         const auto class_of = [&](size_t c) { return group_.classes[c] % kClassCount; };
-        std::vector<size_t> order(channels_);  // by class
-        std::iota(order.begin(), order.end(), size_t{0});
-        std::sort(order.begin(), order.end(), [&](size_t a, size_t b) {
-            return std::pair(class_of(a), a) < std::pair(class_of(b), b);
-        });
+        std::vector<size_t> order(channels_), ends(kClassCount + 1);  // of channels by class
+        for (size_t c = 0; c < channels_; ++c) ++ends[static_cast<size_t>(class_of(c)) + 1];
+        std::partial_sum(ends.begin(), ends.end(), ends.begin());
+        for (size_t c = 0; c < channels_; ++c) order[ends[static_cast<size_t>(class_of(c))]++] = c;
         for (size_t first = 0, end; first < channels_; first = end) {
             const int k = class_of(order[first]);
             for (end = first; end < channels_ && class_of(order[end]) == k; ++end)

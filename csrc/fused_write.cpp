@@ -10,7 +10,7 @@ namespace cachegen {
 namespace {
 
 constexpr int kClassesPerFactor3 = 6, kLowestRow = -24, kTableRowCount = 88, kClassCount = 64;
-constexpr size_t kStepsAtOnce = 64;
+constexpr size_t kStepsAtOnce = 32;
 
 }  // namespace
 
