@@ -50,6 +50,7 @@ private:
             return;
         }
         const UnitReader reader(group);
+        reader.prefetch();
         rows_.resize(reader.widest() * kLanes);
         size_t channel = 0;
         for (const EncodePlane& plane : group.planes)

@@ -105,14 +105,14 @@ class UnitReader {
 public:
     explicit UnitReader(const EncodeGroup& group);
     void read(const EncodePlane& plane, size_t head, size_t place, float* rows) const;
+    // Asks for the group before it is read.
+    void prefetch() const;
     size_t widest() const { return widest_; }
 
 private:
-    void prefetch_after(const EncodePlane& plane, size_t place,
-                        const std::byte* const* memory) const;
-
     TokenRows tokens_;
     uint64_t held_;
+    std::span<const EncodePlane> planes_;
     size_t widest_ = 0;
     std::vector<std::byte> nothing_;  // what idle lanes read
 };

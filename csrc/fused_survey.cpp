@@ -52,6 +52,7 @@ public:
           largest_(tokens_.places() * kLanes) {}
 
     void run() {
+        reader_.prefetch();
         for (int round = 0; round < kOutlierRounds; ++round) {
             keep_ = tokens_.keep(group_.exempt);
             find_centre();
@@ -181,7 +182,7 @@ std::vector<uint32_t> TokenRows::keep(std::span<const uint32_t> exempt) const {
 }
 
 UnitReader::UnitReader(const EncodeGroup& group)
-    : tokens_(group.shape), held_(group.shape.tokens) {
+    : tokens_(group.shape), held_(group.shape.tokens), planes_(group.planes) {
     for (const EncodePlane& plane : group.planes)
         widest_ = std::max<size_t>(widest_, plane.dim);
     nothing_.resize(widest_ * sizeof(float));
@@ -195,7 +196,6 @@ void UnitReader::read(const EncodePlane& plane, size_t head, size_t place, float
                                         static_cast<int64_t>(head) * plane.head_stride
                                   : nothing_.data();
     }
-    prefetch_after(plane, place, memory);
     const LadderEncodeRows& kernel = kernels().encode_rows;
     kernel.read_tile[static_cast<size_t>(plane.type)](memory, plane.dim, rows);
     if (plane.cos)
@@ -203,21 +203,21 @@ void UnitReader::read(const EncodePlane& plane, size_t head, size_t place, float
                          plane.sin + place * kLanes, tokens_.places() * kLanes);
 }
 
-// Rows of a tile lie so far apart that processors do not foresee the next one. It goes to the second
-// level, as in the first these rows would drive one another out.
-void UnitReader::prefetch_after(const EncodePlane& plane, size_t place,
-                                const std::byte* const* memory) const {
-    constexpr size_t kLine = 64;
-    const bool same_head = place + 1 < tokens_.places();
-    const int64_t further = same_head ? plane.token_stride
-                                      : plane.head_stride - static_cast<int64_t>(place) *
-                                                                plane.token_stride;
+// Rows of a tile lie so far apart that processors do not foresee the next one. So a plane is asked
+// for as it lies in memory, and is in the second level when its tiles are read.
+void UnitReader::prefetch() const {
+    constexpr size_t kLine = 64, kMost = 1 << 20;
+    if (planes_.size() != 1) return;
+    const EncodePlane& plane = planes_[0];
     const size_t bytes = plane.dim * (plane.type == KVType::Float32 ? 4 : 2);
-    for (unsigned e = 0; e < kLanes; ++e) {
-        const auto row = reinterpret_cast<uintptr_t>(memory[e]) + static_cast<uintptr_t>(further);
-        for (size_t at = 0; at < bytes; at += kLine)
-            __builtin_prefetch(reinterpret_cast<const void*>(row + at), 0, 2);
-    }
+    if (held_ * plane.heads * bytes > kMost) return;
+    for (uint64_t token = 0; token < held_; ++token)
+        for (size_t head = 0; head < plane.heads; ++head) {
+            const std::byte* const row = plane.data +
+                                         static_cast<int64_t>(token) * plane.token_stride +
+                                         static_cast<int64_t>(head) * plane.head_stride;
+            for (size_t at = 0; at < bytes; at += kLine) __builtin_prefetch(row + at, 0, 2);
+        }
 }
 
 void survey_group(EncodeGroup& group) {
