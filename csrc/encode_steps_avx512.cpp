@@ -2,6 +2,7 @@
 // side, so that their chains of dependent instructions overlap. docs/fused-encode.md derives it.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "encode_avx512.h"
@@ -108,13 +109,19 @@ template <unsigned kRounds>
                      reciprocal(_mm512_srli_epi32(symbol, 16))};
     const __m512i first = _mm512_permutexvar_epi16(symbol, load(table.first));
     const __m512i position = _mm512_add_epi16(first, divide(x, by, active, out));
+    // Of 64 entries the upper half is for positions from begin[32] on: two look-ups, the second
+    // under a mask, cost less than one in both halves.
+    __mmask32 upper = 0;
+    if constexpr (kRounds == 6)
+        upper = _mm512_cmpge_epu16_mask(position, words(table.begin[32]));
     const auto entries = [&](const uint16_t* of, __m512i index) {
-        if constexpr (kRounds < 6) return _mm512_permutexvar_epi16(index, load(of));
-        return _mm512_permutex2var_epi16(load(of), index, load(of + 32));
+        const __m512i lower = _mm512_permutexvar_epi16(index, load(of));
+        if constexpr (kRounds < 6) return lower;
+        return _mm512_mask_permutexvar_epi16(lower, upper, index, load(of + 32));
     };
     __m512i part = _mm512_setzero_si512();
-#pragma GCC unroll 6
-    for (int half = 1 << (kRounds - 1); half; half /= 2) {
+#pragma GCC unroll 5
+    for (int half = 1 << (std::min(kRounds, 5u) - 1); half; half /= 2) {
         const __m512i middle = _mm512_add_epi16(part, words(half));
         const __mmask32 beyond = _mm512_cmple_epu16_mask(entries(table.begin, middle), position);
         part = _mm512_mask_mov_epi16(part, beyond, middle);
