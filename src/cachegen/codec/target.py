@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cachegen.chunk import KVChunk, as_numpy
+from cachegen.chunk import KVChunk, aligned_empty, as_numpy
 from cachegen.codec.header import Header
 from cachegen.errors import DtypeError, GeometryError
 from cachegen.native.fused import PlaneTarget, token_offsets
@@ -112,7 +112,7 @@ class Target:
             return
         begin, end = self._header.ranges[layer]
         shape = (end - begin, geometry.kv_heads, geometry.plane_dim(is_value=is_value))
-        plane = np.empty(shape, geometry.dtype.numpy)
+        plane = aligned_empty(shape, geometry.dtype.numpy)
         yield plane
         values = convert(plane, self.dtype)
         if self._slots is None:
