@@ -165,6 +165,10 @@ void PreparedGroup::find_streams() {
             case PassKind::Rans:
                 streams.back() = parse_layout(pass.bytes, shape, {});
                 continue;
+            case PassKind::Sparse:
+                require(j == 0, "sparse pass", std::to_string(j), "pass 0");
+                sparse = parse_sparse(pass.bytes, shape, 2 * kMaxCoarse);
+                continue;
             case PassKind::Bytes: break;
             case PassKind::Packed: wanted = 2 * ceil_div(wanted, 8);
         }

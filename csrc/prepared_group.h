@@ -12,6 +12,7 @@
 #include "format.h"
 #include "fused_decode.h"
 #include "segment_layout.h"
+#include "sparse.h"
 
 namespace cachegen {
 
@@ -31,6 +32,7 @@ struct PreparedGroup {
     Shape shape;
     std::vector<std::vector<StreamLayout>> streams;  // of every pass; none unless it is rANS
     std::vector<std::vector<uint16_t>> models;       // of every pass, one per channel
+    std::vector<SparseSymbol> sparse;                // of pass 0, if it is sparse
     std::vector<uint8_t> escapes;                    // of pass 0, one per channel
     std::vector<float> early_offset, late_offset, mean;
     std::unique_ptr<CacheLine[]> lookup;  // UnitJob::lookup of all units, or null

@@ -78,6 +78,7 @@ private:
     void begin_unit();
     void add_escapes(size_t steps);
     void read_plain(unsigned j, size_t steps);
+    void read_sparse(size_t steps);
     void finish();
     void finish_coefficients();
     void find_rows(const PlaneTarget& plane);
@@ -93,6 +94,8 @@ private:
     unsigned lanes_ = 0;
     Unit unit_{};
     uint32_t done_ = 0;  // steps of the unit decoded so far
+    bool is_blank_ = false;  // all values of the unit are 0 so far
+    size_t next_sparse_ = 0;  // of PreparedGroup::sparse
     uint32_t room_ = 0;  // largest unit so far
     std::unique_ptr<CacheLine[]> values_;  // a row of kLanes values each
     uint64_t rows_place_ = UINT64_MAX;

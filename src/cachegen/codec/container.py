@@ -51,8 +51,8 @@ _CHECKSUM_AT = slice(16, 24)
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
 _RAGGED, _KEYED, _PROFILED = 1, 2, 4
 
-SIDE, RANS, PACKED, BYTES = 0, 1, 2, 3
-KIND_NAMES = {SIDE: "side", RANS: "rans", PACKED: "packed", BYTES: "bytes"}
+SIDE, RANS, PACKED, BYTES, SPARSE = 0, 1, 2, 3, 4
+KIND_NAMES = {SIDE: "side", RANS: "rans", PACKED: "packed", BYTES: "bytes", SPARSE: "sparse"}
 
 Buffer = bytes | bytearray | memoryview
 
@@ -311,7 +311,7 @@ def _parse_segments(
     for checksum, length, distortion, group, index, both in entries.tolist():
         kind, bits = both & 15, both >> 4
         sound = 1 <= bits <= 8 if kind == PACKED else bits == 0
-        if not sound or group >= n_groups or index >= passes or kind > BYTES:
+        if not sound or group >= n_groups or index >= passes or kind > SPARSE:
             raise CorruptError("segment", got=(group, index, kind, bits), expected="known values")
         if length > MAX_SEGMENT_BYTES or not 0 <= distortion < math.inf:
             raise LimitError("segment length or distortion", got=(length, distortion))
