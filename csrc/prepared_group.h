@@ -44,6 +44,11 @@ struct PreparedGroup {
     // Exempt tokens are stored at once. Throws Error.
     PreparedGroup(const FusedDecode& work, const FusedGroup& source, const Kernels& kernel);
 
+    // Whether nearly all values are 0.
+    bool is_sparse() const {
+        return group.passes.size() == 1 && group.passes[0].kind == PassKind::Sparse;
+    }
+
     // A job for a unit, but for what depends on the place.
     UnitJob job_of(const Unit& unit) const;
 

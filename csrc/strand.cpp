@@ -67,6 +67,9 @@ void Strand::start(std::shared_ptr<const PreparedGroup> group, size_t item) {
     const auto is_before = [](const SparseSymbol& one, uint64_t step) { return one.step < step; };
     next_sparse_ = static_cast<size_t>(
         std::lower_bound(sparse.begin(), sparse.end(), step_, is_before) - sparse.begin());
+    const uint64_t channels = group_->shape.channels;
+    enter_place(step_ / channels);
+    unit_index_ = size_t{group_->unit_of[step_ % channels]} - 1;  // begin_unit adds 1
     begin_unit();
 }
 
@@ -103,7 +106,9 @@ void Strand::end_pass(unsigned j, size_t steps) {
         bool any_escaped = is_rans;
         if (!is_rans || !kernel_.decode_coarse) {
             kernel_.coarse_values(block_.bytes, steps, values());
-            kernel_.find_bytes(block_.bytes, group_->escapes.data() + channel(), steps, escaped_);
+            if (is_rans)
+                kernel_.find_bytes(block_.bytes, group_->escapes.data() + channel(), steps,
+                                   escaped_);
         } else {
             any_escaped = cursor.reader().run.any_escaped;
         }
@@ -125,13 +130,20 @@ void Strand::end_block(size_t steps) {
         group_.reset();
 }
 
+void Strand::enter_place(uint64_t place) {
+    place_ = place;
+    lanes_ = group_->shape.active_lanes(place);
+}
+
+// The unit behind the present one.
 void Strand::begin_unit() {
-    const uint64_t channels = group_->shape.channels;
-    unit_ = group_->units[group_->unit_of[step_ % channels]];
+    if (++unit_index_ == group_->units.size()) {
+        unit_index_ = 0;
+        enter_place(place_ + 1);
+    }
+    unit_ = group_->units[unit_index_];
     done_ = 0;
-    is_blank_ = passes() == 1 && group_->group.passes[0].kind == PassKind::Sparse;
-    place_ = step_ / channels;
-    lanes_ = group_->shape.active_lanes(place_);
+    is_blank_ = group_->is_sparse();
     if (unit_.size <= room_) return;
     room_ = unit_.size;
     values_ = std::make_unique<CacheLine[]>(room_);
