@@ -41,9 +41,14 @@ class Target:
             raise GeometryError("layers of out", got=len(pairs), expected=header.geometry.layers)
         self._pairs = pairs
         self.dtype = KVDtype.of(pairs[0][0].dtype)
+        seen: set[tuple[Any, ...]] = set()
         for layer, pair in enumerate(pairs):
             for is_value, array in enumerate(pair):
-                self._check(layer, bool(is_value), array)
+                # Planes are all alike, usually.
+                kind = header.ranges[layer], is_value, array.shape, array.strides, array.dtype
+                if kind not in seen or not array.flags.writeable:
+                    self._check(layer, bool(is_value), array)
+                    seen.add(kind)
         self._offsets: dict[tuple[Any, ...], NDArray[np.int64]] = {}
 
     def _check(self, layer: int, is_value: bool, array: Array) -> None:
