@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "float_bits.h"
 #include "rans_simd.h"
@@ -312,6 +313,30 @@ void store_floats(const UnitJob& job) {
     }
 }
 
+// Nothing but means, and no RoPE: every token gets the same row.
+template <KVType kType>
+void store_means(const UnitJob& job) {
+    using Bits = typename KVTraits<kType>::Bits;
+    auto* const row = static_cast<Bits*>(job.scratch);
+    for (size_t i = 0; i < job.size; ++i) {
+        float value = 0.0f + job.mean[i];
+        if constexpr (kType == KVType::Float16) value = std::clamp(value, -65504.0f, 65504.0f);
+        row[i] = KVTraits<kType>::from_float(value);
+    }
+    const size_t size = job.size * sizeof(Bits);
+    for (unsigned lane = 0; lane < kLanes; ++lane) {
+        std::byte* const to = job.rows[lane];
+        if (!to) continue;
+        if ((reinterpret_cast<uintptr_t>(to) | size) % 64) {
+            std::memcpy(to, row, size);
+            continue;
+        }
+        for (size_t at = 0; at < size; at += 64)
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at),
+                                load(static_cast<const std::byte*>(job.scratch) + at));
+    }
+}
+
 }  // namespace
 
 constinit const uint8_t kAngleLanesAvx512[kLanes] = {
@@ -334,6 +359,7 @@ void decode_refine_avx512(const RefineTable* tables, int late_below, DecodeRun* 
 
 template <KVType kType>
 void finish_unit_avx512(const UnitJob& job) {
+    if (job.is_blank && !job.cos) return store_means<kType>(job);
     convert_rows<kType>(job);
     if constexpr (kType == KVType::Float32) return store_floats(job);
     store_elements(job);
