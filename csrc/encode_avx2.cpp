@@ -198,16 +198,19 @@ void encode_steps_avx2(const StepsJob& job) {
     const __m256i active[2] = {load(masks), load(masks + kHalf)};
     States states[kMaxPasses][2];
     uint16_t* out[kMaxPasses];
-    for (unsigned pass = 0; pass <= job.refinements; ++pass) {
+    const unsigned first_pass = job.rounds ? 0 : 1;
+    for (unsigned pass = first_pass; pass <= job.refinements; ++pass) {
         for (unsigned i = 0; i < 2; ++i)
             states[pass][i] = load_states(job.runs[pass].state + i * kHalf);
         out[pass] = job.runs[pass].words;
     }
     for (size_t step = job.steps; step-- > 0;) {
-        const CoarseEncodeTable& coarse = job.coarse[job.runs[0].models[step]];
-        for (unsigned i = 0; i < 2; ++i)
-            encode_coarse(states[0][i], job.symbols + step * kLanes + i * kHalf, coarse, active[i],
-                          out[0]);
+        if (first_pass == 0) {
+            const CoarseEncodeTable& coarse = job.coarse[job.runs[0].models[step]];
+            for (unsigned i = 0; i < 2; ++i)
+                encode_coarse(states[0][i], job.symbols + step * kLanes + i * kHalf, coarse,
+                              active[i], out[0]);
+        }
         const uint16_t* const codes = job.codes + step * kLanes;
         for (unsigned pass = 1; pass <= job.refinements; ++pass) {
             const RefineEncodeTable& table = job.refine[job.runs[pass].models[step]];
@@ -219,7 +222,7 @@ void encode_steps_avx2(const StepsJob& job) {
             }
         }
     }
-    for (unsigned pass = 0; pass <= job.refinements; ++pass) {
+    for (unsigned pass = first_pass; pass <= job.refinements; ++pass) {
         // Idle lanes went through the motions; their states must stay.
         uint32_t state[kLanes];
         for (unsigned i = 0; i < 2; ++i) store_states(states[pass][i], state + i * kHalf);

@@ -115,19 +115,22 @@ template <unsigned kRounds>
 
 template <unsigned kRefinements, unsigned kRounds>
 void encode_all(const StepsJob& job) {
+    constexpr unsigned kFirst = kRounds ? 0 : 1;  // pass
     const __mmask32 active = ~uint32_t{0} << (kLanes - job.lanes);
     States states[kRefinements + 1];
     uint16_t* out[kRefinements + 1];
     const uint16_t* models[kRefinements + 1];
-    for (unsigned pass = 0; pass <= kRefinements; ++pass) {
+    for (unsigned pass = kFirst; pass <= kRefinements; ++pass) {
         states[pass] = load_states(job.runs[pass].state);
         out[pass] = job.runs[pass].words;
         models[pass] = job.runs[pass].models;
     }
     for (size_t step = job.steps; step-- > 0;) {
-        const __m512i symbol = _mm512_cvtepu8_epi16(_mm256_loadu_si256(
-            reinterpret_cast<const __m256i*>(job.symbols + step * kLanes)));
-        encode_coarse<kRounds>(states[0], symbol, job.coarse[models[0][step]], active, out[0]);
+        if constexpr (kRounds > 0) {
+            const __m512i symbol = _mm512_cvtepu8_epi16(_mm256_loadu_si256(
+                reinterpret_cast<const __m256i*>(job.symbols + step * kLanes)));
+            encode_coarse<kRounds>(states[0], symbol, job.coarse[models[0][step]], active, out[0]);
+        }
         const __m512i code = _mm512_loadu_si512(job.codes + step * kLanes);
 #pragma GCC unroll 5
         for (unsigned pass = 1; pass <= kRefinements; ++pass) {
@@ -135,7 +138,7 @@ void encode_all(const StepsJob& job) {
             encode_refined(states[pass], entry, job.refine[models[pass][step]], active, out[pass]);
         }
     }
-    for (unsigned pass = 0; pass <= kRefinements; ++pass) {
+    for (unsigned pass = kFirst; pass <= kRefinements; ++pass) {
         // Idle lanes went through the motions; their states must stay.
         uint32_t state[kLanes];
         store_states(states[pass], state);
@@ -148,6 +151,7 @@ void encode_all(const StepsJob& job) {
 template <unsigned kRefinements>
 void encode_rounds(const StepsJob& job) {
     switch (job.rounds) {
+        case 0: return encode_all<kRefinements, 0>(job);
         case 3: return encode_all<kRefinements, 3>(job);
         case 5: return encode_all<kRefinements, 5>(job);
         default: return encode_all<kRefinements, 6>(job);
