@@ -34,7 +34,7 @@ from cachegen.native.fused_encode import (
 from cachegen.native.medians import column_medians
 from cachegen.native.models import count_symbols, fit_classes, normalize_counts, split_digits
 from cachegen.native.planes import MatrixSource, QuantizedPlane, decode_planes
-from cachegen.native.threads import threads
+from cachegen.native.threads import threads, use_one_thread
 
 _BITS = {2: np.uint16, 4: np.uint32}
 
@@ -209,5 +209,6 @@ __all__ = [
     "split_digits",
     "stream_count",
     "threads",
+    "use_one_thread",
     "verify_segment",
 ]
