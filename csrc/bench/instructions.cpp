@@ -269,10 +269,13 @@ struct Work {
                              largest.data());
         });
         static Values codes;
+        std::vector<uint8_t> tallies(kBlockSteps * kTally);
+        const bool tally = rows.tallies[kRefinements];
         row("encode_quantize", kLanes, 1, [&](size_t count) {
             rows.quantize_rows[kRefinements](
                 {floats.at, count, 1.5f, zeros.data(), 0.5f, keep.data(),
-                 reinterpret_cast<uint16_t*>(codes.at), out[0].at, nullptr, lanes.at});
+                 reinterpret_cast<uint16_t*>(codes.at), out[0].at, nullptr, lanes.at,
+                 tally ? tallies.data() : nullptr});
         });
         // What this backend makes of the values is what it counts and codes.
         rows.quantize_rows[kRefinements](
@@ -280,7 +283,8 @@ struct Work {
              reinterpret_cast<uint16_t*>(codes.at), out[0].at, nullptr, lanes.at});
         const auto* const code = reinterpret_cast<const uint16_t*>(codes.at);
         row("encode_count", kLanes, 1, [&](size_t places) {
-            rows.count_channel(code, out[0].at, nullptr, places, kLanes, kRefinements, counts.data());
+            rows.count_channel(code, out[0].at, tally ? tallies.data() : nullptr, places, kLanes,
+                               kRefinements, counts.data());
         });
         const std::vector<int16_t> costs(kMore * 2 * kWays, 3);
         const std::vector<uint16_t> ones(kMore * 2, 1);
