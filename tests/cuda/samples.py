@@ -70,6 +70,33 @@ def draw_kv(
     return KVChunk.from_layers([LayerKV(plane(), plane()) for _ in range(layers)])
 
 
+def few_wide_values(tokens: int = 200, dim: int = 16, *, share: float = 0.0005) -> KVChunk:
+    """Values of one spread, but for a few: the first pass of a fine ladder is nearly all zero."""
+    rng = np.random.default_rng(5)
+    kv = rng.normal(size=(2, 2, tokens, 2, dim))
+    kv[rng.random(kv.shape) < share] *= 20
+    return KVChunk.from_array(kv.astype(BFLOAT16))
+
+
+SPARSE_CODEC = ProgressiveCodec(passes=4, step=0.3)
+
+
+def sparse_samples() -> Iterator[Sample]:
+    """Objects whose groups have sparse first passes, cut behind different passes."""
+    for tokens, dim in ((200, 16), (70, 40), (33, 12), (40, 9)):
+        for half in (0, dim // 4, dim // 2):
+            kv = few_wide_values(tokens, dim, share=0.0008)
+            data = SPARSE_CODEC.encode(with_rope(kv, half) if half else kv)
+            sample = Sample(f"progressive sparse {tokens} x {dim}, half {half}", data)
+            yield sample
+            header = read_header(data)
+            first = [segment for segment in header.segments if segment.pass_index == 0]
+            yield Sample(f"{sample.name}, pass 0", data[: first[-1].end], None, True)
+            for groups in (1, 5):
+                cut = partial(sample, groups)
+                yield replace(cut, name=f"{cut.name} at {groups}")
+
+
 def with_rope(chunk: KVChunk, half: int, *, interleaved: bool = False) -> KVChunk:
     """Give a chunk a RoPE for all layers but the last, positions from 1000."""
     layers = chunk.geometry.layers

@@ -34,6 +34,7 @@ from cachegen.native.fused_encode import (
 from cachegen.native.medians import column_medians
 from cachegen.native.models import count_symbols, fit_classes, normalize_counts
 from cachegen.native.planes import MatrixSource, QuantizedPlane, decode_planes
+from cachegen.native.sparse import parse_sparse, write_sparse
 from cachegen.native.threads import threads
 
 _BITS = {2: np.uint16, 4: np.uint32}
@@ -203,10 +204,12 @@ __all__ = [
     "fit_classes",
     "isa",
     "normalize_counts",
+    "parse_sparse",
     "quantize",
     "segment_layout",
     "select_isa",
     "stream_count",
     "threads",
     "verify_segment",
+    "write_sparse",
 ]
