@@ -231,7 +231,7 @@ def _share_streams(
                 part = plain_streams(*one.shape, one.index, spacing)
                 if one.pairs is not None:
                     first = np.searchsorted(one.pairs[:, 0], LANES * part["begin_step"])
-                    part["base"] = one.pairs_at + (BEYOND.nbytes * first).astype(np.uint64)
+                    part["base"] = one.pairs_at + (plan.PAIR_BYTES * first).astype(np.uint64)
             else:
                 continue
             lists[index].append(part)
