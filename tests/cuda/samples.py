@@ -272,18 +272,26 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
     segment = header.segments[rng.integers(len(header.segments))]
     if not segment.length:
         return data
-    changed = bytearray(data)
+    body = bytearray(data[segment.offset : segment.offset + segment.length])
     if segment.kind != SIDE and rng.random() < 0.3:
         at = int(rng.integers(min(segment.length, 16)))  # the directory
     else:
         at = int(rng.integers(segment.length))
-    changed[segment.offset + at] ^= 1 << int(rng.integers(8))
-    index = header.segments.index(segment)
-    table = header.header_bytes - SEGMENT_ENTRY * len(header.segments)
-    body = bytes(changed[segment.offset : segment.offset + segment.length])
-    entry = table + SEGMENT_ENTRY * index
-    changed[entry : entry + 8] = xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
-    changed[16:24] = bytes(8)
-    total = xxhash.xxh3_64_intdigest(bytes(changed[: header.header_bytes]))
-    changed[16:24] = total.to_bytes(8, "little")
-    return bytes(changed)
+    body[at] ^= 1 << int(rng.integers(8))
+    return replaced(data, header.segments.index(segment), bytes(body))
+
+
+def replaced(data: bytes, index: int, body: bytes, *, kind: int | None = None) -> bytes:
+    """Put another body, and kind, in the place of a segment, checksums and lengths right."""
+    header = read_header(data)
+    head = bytearray(data[: header.header_bytes])
+    entry = header.header_bytes - SEGMENT_ENTRY * (len(header.segments) - index)
+    head[entry : entry + 8] = xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
+    head[entry + 8 : entry + 12] = len(body).to_bytes(4, "little")
+    if kind is not None:
+        head[entry + 19] = kind
+    head[16:24] = bytes(8)
+    head[16:24] = xxhash.xxh3_64_intdigest(bytes(head)).to_bytes(8, "little")
+    bodies = [data[one.offset : one.end] for one in header.segments]
+    bodies[index] = body
+    return bytes(head) + b"".join(one + bytes(-len(one) % 4) for one in bodies)
