@@ -3,7 +3,7 @@
 // that costs less than to store and load them.
 #pragma once
 
-#include "statistics.cuh"
+#include "step.cuh"
 
 namespace cachegen {
 

@@ -97,6 +97,18 @@ def test_sparse_first_passes_of_every_size(emulated: EmulatedDevice) -> None:
     assert 0 in counts and max(counts) > 5
 
 
+def test_launches_allot_nothing(emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = SPARSE_SAMPLES[0]
+    out = empty_like(sample.expected())
+    prepared = gpu.prepare([sample.data], out=out, device=emulated)
+    with monkeypatch.context() as patch:
+        for name in ("allocate", "upload", "download"):
+            patch.setattr(emulated, name, None)
+        prepared.launch()
+    prepared.check()
+    assert_close(out[0][0], sample.expected().layers[0].keys, exact=False)
+
+
 def test_streams_of_sparse_groups_that_begin_within_a_head(emulated: EmulatedDevice) -> None:
     """Restart points are those of later passes, pass 0 has none of its own."""
     kv = with_rope(few_wide_values(70), 8)

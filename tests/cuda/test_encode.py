@@ -109,9 +109,7 @@ def coarse_kinds(data: bytes) -> set[int]:
 
 @pytest.mark.parametrize(("tokens", "dim"), [(200, 16), (70, 40), (33, 12), (5, 9)])
 @pytest.mark.parametrize("share", [0.0, 0.0005, 0.004])
-def test_sparse_first_passes(
-    emulated: EmulatedDevice, tokens: int, dim: int, share: float
-) -> None:
+def test_sparse_first_passes(emulated: EmulatedDevice, tokens: int, dim: int, share: float) -> None:
     kv = few_wide_values(tokens, dim, share=share)
     for chunk in (kv, with_rope(kv, dim // 4), ragged(kv)):
         data = encoded(emulated, SPARSE_CODEC, chunk)
@@ -140,6 +138,24 @@ def test_the_share_at_which_a_pass_is_sparse(emulated: EmulatedDevice, wide: int
     found = [s.kind for s in read_header(data).segments if s.pass_index == 0 and s.kind != SIDE]
     assert (found[0] == SPARSE) == (wide <= 5)
     assert found[1] == SPARSE
+
+
+def test_launches_allot_nothing_and_see_what_the_chunk_holds_then(
+    emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a CUDA graph replays them: first passes become dense and sparse again."""
+    kinds = few_wide_values(70), few_wide_values(70, share=0.01)
+    planes = [(layer.keys.copy(), layer.values.copy()) for layer in kinds[0].layers]
+    job = gpu.prepare_encode(SPARSE_CODEC, [gpu.DeviceChunk(planes)], device=emulated)
+    for kv in (*kinds, kinds[0]):
+        for pair, layer in zip(planes, kv.layers, strict=True):
+            pair[0][:], pair[1][:] = layer.keys, layer.values
+        with monkeypatch.context() as patch:
+            for name in ("allocate", "upload", "download"):
+                patch.setattr(emulated, name, None)
+            job.launch()
+        assert job.finish() == [SPARSE_CODEC.encode(kv)]
+    assert job.fallbacks == 0
 
 
 def test_sparse_first_passes_with_a_profile(emulated: EmulatedDevice) -> None:

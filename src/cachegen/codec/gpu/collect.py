@@ -102,7 +102,8 @@ class Collector:
         """Ask for bytes of the batch's workspace; returns their offset."""
         offset = self.reserve(size_bytes)
         span = np.zeros(int(size_bytes > 0), encode_plan.SPAN)
-        span["from"], span["to"], span["size"] = results.resolve(address), offset, size_bytes
+        span["from"], span["to"], span["size"] = address, offset, size_bytes
+        span["from"] = results.resolve(span["from"])
         self._spans.append(span)
         return offset
 
