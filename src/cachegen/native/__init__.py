@@ -32,10 +32,10 @@ from cachegen.native.fused_encode import (
     EncodeTables,
 )
 from cachegen.native.medians import column_medians
-from cachegen.native.models import count_symbols, fit_classes, normalize_counts
+from cachegen.native.models import count_symbols, fit_classes, normalize_counts, split_digits
 from cachegen.native.planes import MatrixSource, QuantizedPlane, decode_planes
 from cachegen.native.sparse import parse_sparse, write_sparse
-from cachegen.native.threads import threads
+from cachegen.native.threads import threads, use_one_thread
 
 _BITS = {2: np.uint16, 4: np.uint32}
 
@@ -208,8 +208,10 @@ __all__ = [
     "quantize",
     "segment_layout",
     "select_isa",
+    "split_digits",
     "stream_count",
     "threads",
+    "use_one_thread",
     "verify_segment",
     "write_sparse",
 ]
