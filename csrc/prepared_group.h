@@ -12,6 +12,7 @@
 #include "format.h"
 #include "fused_decode.h"
 #include "segment_layout.h"
+#include "sparse.h"
 
 namespace cachegen {
 
@@ -20,6 +21,7 @@ struct Unit {
     uint32_t begin, size;
     uint32_t plane, head;
     size_t lookup;  // where its rows begin in PreparedGroup::lookup
+    bool has_bits = false;  // in PreparedGroup::mean_bits
 };
 
 struct alignas(64) CacheLine {
@@ -31,9 +33,11 @@ struct PreparedGroup {
     Shape shape;
     std::vector<std::vector<StreamLayout>> streams;  // of every pass; none unless it is rANS
     std::vector<std::vector<uint16_t>> models;       // of every pass, one per channel
+    std::vector<SparseSymbol> sparse;                // of pass 0, if it is sparse
     std::vector<uint8_t> escapes;                    // of pass 0, one per channel
     std::vector<float> early_offset, late_offset, mean;
     std::unique_ptr<CacheLine[]> lookup;  // UnitJob::lookup of all units, or null
+    std::vector<uint16_t> mean_bits;      // UnitJob::mean_bits of all units, or empty
     std::vector<bool> is_exempt;  // by token, or empty
     std::vector<Unit> units;
     std::vector<uint32_t> unit_of;     // by channel
@@ -41,6 +45,11 @@ struct PreparedGroup {
 
     // Exempt tokens are stored at once. Throws Error.
     PreparedGroup(const FusedDecode& work, const FusedGroup& source, const Kernels& kernel);
+
+    // Whether nearly all values are 0.
+    bool is_sparse() const {
+        return group.passes.size() == 1 && group.passes[0].kind == PassKind::Sparse;
+    }
 
     // A job for a unit, but for what depends on the place.
     UnitJob job_of(const Unit& unit) const;
@@ -50,6 +59,7 @@ private:
     void find_units();
     void fill_constants(const FusedDecode& work);
     void fill_lookup(const FusedDecode& work, const Kernels& kernel);
+    void fill_mean_bits(const FusedDecode& work);
     void find_streams();
     void find_boundaries();
     void store_exempt(const FusedDecode& work) const;

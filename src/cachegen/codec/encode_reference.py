@@ -19,6 +19,7 @@ from cachegen.codec.basis import ModelBasis, group_matrix
 from cachegen.codec.entropy import pack
 from cachegen.codec.fused_encode import MAX_MAGNITUDE, analyse
 from cachegen.codec.reference import profile_base
+from cachegen.codec.sparse import is_sparse, write_sparse
 from cachegen.native import fused_encode as coded
 from cachegen.native.fused_encode import LANES, token_order
 from cachegen.types import Array
@@ -177,7 +178,7 @@ def _encode(
             survey(group)
         scaled = _scaled(group, step)
     digits = ladder.climb(scaled, count)
-    lengths = _code_lengths(digits)
+    lengths = code_lengths(digits)
     offset, columns = 0, np.arange(lengths.shape[1])
     classes = lengths.argmin(axis=0).astype(np.uint8)
     if base is not None and group.families is not None:
@@ -202,7 +203,7 @@ def _scaled(group: _Group, step: np.float32) -> Floats:
     return np.where(group.kept()[:, None], scaled, np.float32(0))
 
 
-def _code_lengths(digits: ladder.Ladder) -> NDArray[np.int64]:
+def code_lengths(digits: ladder.Ladder) -> NDArray[np.int64]:
     """Return the length of every channel coded every way, (192, N), in 1/1024 bit."""
     channels = digits.coarse.shape[1]
     magnitudes = np.minimum(np.abs(digits.coarse), 16)
@@ -289,7 +290,9 @@ def _write(
             stream_steps=passes.STREAM_STEPS,
         )
         kind = coded.RANS
-        if index == 0 and len(body) >= matrix.size:
+        if index == 0 and is_sparse(matrix):
+            kind, body = coded.SPARSE, write_sparse(matrix)
+        elif index == 0 and len(body) >= matrix.size:
             kind, body = coded.BYTES, matrix.tobytes()
         if index and matrix.size and len(body) >= matrix.size // 4:
             packed = pack(matrix, passes.DIGIT_BITS)
