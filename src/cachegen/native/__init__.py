@@ -34,6 +34,7 @@ from cachegen.native.fused_encode import (
 from cachegen.native.medians import column_medians
 from cachegen.native.models import count_symbols, fit_classes, normalize_counts, split_digits
 from cachegen.native.planes import MatrixSource, QuantizedPlane, decode_planes
+from cachegen.native.sparse import parse_sparse, write_sparse
 from cachegen.native.threads import threads, use_one_thread
 
 _BITS = {2: np.uint16, 4: np.uint32}
@@ -203,6 +204,7 @@ __all__ = [
     "fit_classes",
     "isa",
     "normalize_counts",
+    "parse_sparse",
     "quantize",
     "segment_layout",
     "select_isa",
@@ -211,4 +213,5 @@ __all__ = [
     "threads",
     "use_one_thread",
     "verify_segment",
+    "write_sparse",
 ]
