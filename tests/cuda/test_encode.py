@@ -149,6 +149,7 @@ def test_launches_allot_nothing_and_see_what_the_chunk_holds_then(
     kinds = few_wide_values(70), few_wide_values(70, share=0.03)
     planes = [(layer.keys.copy(), layer.values.copy()) for layer in kinds[0].layers]
     job = gpu.prepare_encode(SPARSE_CODEC, [gpu.DeviceChunk(planes)], device=emulated)
+    found = []
     for kv in (*kinds, kinds[0]):
         for pair, layer in zip(planes, kv.layers, strict=True):
             pair[0][:], pair[1][:] = layer.keys, layer.values
@@ -156,8 +157,10 @@ def test_launches_allot_nothing_and_see_what_the_chunk_holds_then(
             for name in ("allocate", "upload", "download"):
                 patch.setattr(emulated, name, None)
             job.launch()
-        assert job.finish() == [SPARSE_CODEC.encode(kv)]
-    assert job.fallbacks == 0
+        (data,) = job.finish()
+        assert data == SPARSE_CODEC.encode(kv)
+        found.append(coarse_kinds(data))
+    assert found == [{SPARSE}, {RANS}, {SPARSE}] and job.fallbacks == 0
 
 
 def test_sparse_first_passes_with_a_profile(emulated: EmulatedDevice) -> None:
