@@ -23,6 +23,7 @@ from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.raw import RawCodec
 from cachegen.codec.reader import ObjectReader
 from cachegen.codec.registry import decode
+from cachegen.codec.sparse import SHARE
 from cachegen.errors import ConfigError, GeometryError, NonFiniteError
 from cachegen.native.cuda.emulation import EmulatedDevice
 from cachegen.profile import Profile
@@ -118,25 +119,26 @@ def test_sparse_first_passes(emulated: EmulatedDevice, tokens: int, dim: int, sh
 
 
 def test_sparse_and_dense_groups_beside_each_other(emulated: EmulatedDevice) -> None:
-    sparse, dense = few_wide_values(70), few_wide_values(70, share=0.01)
-    kv = KVChunk.from_layers([*sparse.layers, *dense.layers])
+    sparse, dense = few_wide_values(70), few_wide_values(70, share=0.03)
+    pairs = zip(sparse.layers, dense.layers, strict=True)
+    kv = KVChunk.from_layers([LayerKV(one.keys, other.values) for one, other in pairs])
     data = encoded(emulated, SPARSE_CODEC, kv)
     assert data == SPARSE_CODEC.encode(kv)
     assert coarse_kinds(data) == {SPARSE, RANS}
 
 
-@pytest.mark.parametrize("wide", [4, 5, 6])
-def test_the_share_at_which_a_pass_is_sparse(emulated: EmulatedDevice, wide: int) -> None:
-    """A plane of 1920 values may have 5 that are not 0."""
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_the_share_at_which_a_pass_is_sparse(emulated: EmulatedDevice, beyond: int) -> None:
+    wide = 60 * 2 * 16 // SHARE + beyond
     values = np.random.default_rng(3).choice([-1.0, 1.0], (60, 2, 16))
     keys = values.copy()
-    keys[np.arange(wide) * 9 + 3, 0, np.arange(wide)] *= 9
+    keys[np.arange(wide) * 6 + 3, 0, np.arange(wide)] *= 9
     kv = KVChunk.from_layers([LayerKV(keys.astype(BFLOAT16), values.astype(BFLOAT16))])
     codec = ProgressiveCodec(passes=4, step=0.1)
     data = encoded(emulated, codec, kv)
     assert data == codec.encode(kv)
     found = [s.kind for s in read_header(data).segments if s.pass_index == 0 and s.kind != SIDE]
-    assert (found[0] == SPARSE) == (wide <= 5)
+    assert (found[0] == SPARSE) == (beyond <= 0)
     assert found[1] == SPARSE
 
 
@@ -144,9 +146,10 @@ def test_launches_allot_nothing_and_see_what_the_chunk_holds_then(
     emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a CUDA graph replays them: first passes become dense and sparse again."""
-    kinds = few_wide_values(70), few_wide_values(70, share=0.01)
+    kinds = few_wide_values(70), few_wide_values(70, share=0.03)
     planes = [(layer.keys.copy(), layer.values.copy()) for layer in kinds[0].layers]
     job = gpu.prepare_encode(SPARSE_CODEC, [gpu.DeviceChunk(planes)], device=emulated)
+    found = []
     for kv in (*kinds, kinds[0]):
         for pair, layer in zip(planes, kv.layers, strict=True):
             pair[0][:], pair[1][:] = layer.keys, layer.values
@@ -154,8 +157,10 @@ def test_launches_allot_nothing_and_see_what_the_chunk_holds_then(
             for name in ("allocate", "upload", "download"):
                 patch.setattr(emulated, name, None)
             job.launch()
-        assert job.finish() == [SPARSE_CODEC.encode(kv)]
-    assert job.fallbacks == 0
+        (data,) = job.finish()
+        assert data == SPARSE_CODEC.encode(kv)
+        found.append(coarse_kinds(data))
+    assert found == [{SPARSE}, {RANS}, {SPARSE}] and job.fallbacks == 0
 
 
 def test_sparse_first_passes_with_a_profile(emulated: EmulatedDevice) -> None:
