@@ -329,10 +329,19 @@ void decode_refine_avx512(const RefineTable* tables, int late_below, DecodeRun* 
 }
 
 template <KVType kType>
-void finish_unit_avx512(const UnitJob& job) {
-    convert_rows<kType>(job);
+void store_unit_avx512(const UnitJob& job) {
     if constexpr (kType == KVType::Float32) return store_floats(job);
     store_elements(job);
+}
+
+template void store_unit_avx512<KVType::Float16>(const UnitJob&);
+template void store_unit_avx512<KVType::BFloat16>(const UnitJob&);
+template void store_unit_avx512<KVType::Float32>(const UnitJob&);
+
+template <KVType kType>
+void finish_unit_avx512(const UnitJob& job) {
+    convert_rows<kType>(job);
+    store_unit_avx512<kType>(job);
 }
 
 template void finish_unit_avx512<KVType::Float16>(const UnitJob&);

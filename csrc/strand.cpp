@@ -7,6 +7,7 @@
 #include <string>
 
 #include "error.h"
+#include "product.h"
 #include "segment_layout.h"
 
 namespace cachegen {
@@ -176,14 +177,21 @@ void Strand::read_plain(unsigned j, size_t steps) {
 void Strand::finish_coefficients() {
     UnitJob job = group_->job_of(unit_);
     job.values = row(0);
+    const ComponentTarget& to = *group_->group.coefficients;
+    if (to.collect) {
+        to.collect({row(0), unit_.size, to.slots + unit_.begin,
+                    to.values + place_ * to.blocks * kSlotBlock * kLanes,
+                    to.used_blocks + place_ * to.blocks});
+        return;
+    }
     const size_t stride = group_->shape.places() * kLanes;
-    float* const out = group_->group.coefficients + unit_.begin * stride + place_ * kLanes;
+    float* const out = to.floats + unit_.begin * stride + place_ * kLanes;
     uint8_t used[kBlockSteps];
     kernel_.scale_rows(job, out, stride, used);
     // Another thread may be at another place of the same components.
     for (uint32_t i = 0; i < unit_.size; ++i)
         if (used[i])
-            std::atomic_ref(group_->group.used[unit_.begin + i])
+            std::atomic_ref(to.used[unit_.begin + i])
                 .store(1, std::memory_order_relaxed);
 }
 

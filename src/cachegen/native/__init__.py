@@ -35,6 +35,13 @@ from cachegen.native.medians import column_medians
 from cachegen.native.models import count_symbols, fit_classes, normalize_counts
 from cachegen.native.planes import MatrixSource, QuantizedPlane, decode_planes
 from cachegen.native.threads import threads
+from cachegen.native.transform import (
+    PackedBasis,
+    TransformSource,
+    allow_tiles,
+    can_transform,
+    decode_transformed,
+)
 
 _BITS = {2: np.uint16, 4: np.uint32}
 
@@ -187,16 +194,21 @@ __all__ = [
     "EncodedGroup",
     "GroupSource",
     "MatrixSource",
+    "PackedBasis",
     "PlaneTarget",
     "QuantizedPlane",
     "StreamLayout",
     "Tables",
+    "TransformSource",
+    "allow_tiles",
     "available_isas",
+    "can_transform",
     "column_medians",
     "count_symbols",
     "decode_groups",
     "decode_planes",
     "decode_segment",
+    "decode_transformed",
     "dequantize",
     "encode_segment",
     "finish_plane",
