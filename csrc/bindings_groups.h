@@ -37,7 +37,7 @@ public:
             const Shape shape{group.tokens, group.channels};
             require(out.shape(0) == group.channels && used.size() == group.channels &&
                         out.shape(1) == shape.places() * kLanes, "coefficients");
-            targets_.push_back({out.data(), used.data(), {}, {}, {}, {}, {}});
+            targets_.push_back({out.data(), used.data(), nullptr});
             group.coefficients = &targets_.back();
         } else {
             group.side = parse_side(view<uint8_t>(fields[3]), group.tokens, group.channels, stored,

@@ -58,19 +58,13 @@ struct GroupSide {
 GroupSide parse_side(std::span<const uint8_t> bytes, uint64_t tokens, uint64_t channels,
                      KVType stored, bool plain);
 
-struct CollectJob;
-
 // Where the components of a group go, for a transform to follow: as floats, or as values.
 struct ComponentTarget {
     float* floats;  // a row of places * 32 for each component, places after one another
     uint8_t* used;  // whether a component is anything but 0 somewhere
-    // Instead of both, in slots (product.h): places * blocks of rows of kLanes values, and whether
-    // a block is anything but 0.
-    void (*collect)(const CollectJob& job);
-    const uint32_t* slots;  // of each component
-    size_t blocks;
+    // Instead of both: places * channels rows of kLanes values, aligned to a cache line; those of
+    // lanes without a token are anything.
     int16_t* values;
-    uint8_t* used_blocks;
 };
 
 // What a group's bytes decode to, beside them. Views; the caller keeps them alive.

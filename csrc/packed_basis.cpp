@@ -20,7 +20,7 @@ float as_float(uint16_t part) { return KVTraits<KVType::BFloat16>::to_float(part
 }  // namespace
 
 PackedBasis::PackedBasis(const float* values, size_t channels, std::span<const uint32_t> dims)
-    : values_(values), channels_(channels), slots_(channels, kNoSlot) {
+    : values_(values), channels_(channels) {
     find_heads(dims);
     const size_t end = heads_.empty() ? 0 : heads_.back().begin + heads_.back().dim;
     require(end == channels && channels > 0, "channels of the heads", std::to_string(end),
@@ -62,10 +62,7 @@ void PackedBasis::find_heads(std::span<const uint32_t> dims) {
 
 // Blocks are filled up with slots of no component.
 void PackedBasis::add_slots(const std::vector<uint32_t>& components) {
-    for (const uint32_t component : components) {
-        slots_[component] = static_cast<uint32_t>(components_.size());
-        components_.push_back(component);
-    }
+    components_.insert(components_.end(), components.begin(), components.end());
     while (components_.size() % kSlotBlock) components_.push_back(kNoSlot);
 }
 

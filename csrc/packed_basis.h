@@ -40,7 +40,6 @@ public:
     size_t slot_blocks() const { return components_.size() / kSlotBlock; }
     bool is_joint() const { return is_joint_; }
     const std::vector<BasisHead>& heads() const { return heads_; }
-    const std::vector<uint32_t>& slots() const { return slots_; }  // of each component
     // Which component a slot is for; kNoSlot if none.
     const std::vector<uint32_t>& components() const { return components_; }
 
@@ -55,7 +54,7 @@ private:
     size_t channels_;
     bool is_joint_ = true;
     std::vector<BasisHead> heads_;
-    std::vector<uint32_t> slots_, components_;
+    std::vector<uint32_t> components_;
     mutable std::mutex mutex_;
     mutable Cells forms_[2];
 };

@@ -32,18 +32,10 @@ struct alignas(64) SlotTable {
     std::byte bytes[128];
 };
 
-// Rows of kLanes values, in order of components, to their slots.
-struct CollectJob {
-    const int16_t* values;
-    size_t size;
-    const uint32_t* slots;  // one per row
-    int16_t* out;           // row of slot s at out + s * kLanes
-    uint8_t* used;          // by block of slots; set to 1 where a value is not 0, else left
-};
-
 // One block of slots of 32 tokens.
 struct ExpandJob {
-    const int16_t* values;    // kSlotBlock rows
+    const int16_t* values;       // rows of all components
+    const uint32_t* components;  // kSlotBlock: which row is whose
     const SlotScale* scales;  // kSlotBlock
     const SlotTable* tables;  // kSlotBlock
     int late_below;
@@ -77,9 +69,9 @@ struct ProductKernel {
     // Around the work of a thread.
     void (*begin)();
     void (*end)();
-    void (*collect)(const CollectJob& job);
     void (*fill_tables)(const SlotScale* scales, size_t count, int late_below, SlotTable* tables);
-    void (*expand)(const ExpandJob& job);
+    // Returns whether anything is not 0; if nothing is, it writes nothing.
+    bool (*expand)(const ExpandJob& job);
     void (*multiply)(const MultiplyJob& job);
     void (*finish[kKVTypes])(const FinishJob& job);
 };

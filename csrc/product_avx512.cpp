@@ -13,10 +13,11 @@ void fill_tables(const SlotScale* scales, size_t count, int late_below, SlotTabl
 }
 
 // Rows of floats: even lanes, odd lanes.
-void expand(const ExpandJob& job) {
+bool expand(const ExpandJob& job) {
+    if (is_zero(job)) return false;
     auto* const out = reinterpret_cast<float*>(job.out);
     for (size_t slot = 0; slot < kSlotBlock; ++slot) {
-        const __m512i values = _mm512_load_si512(job.values + slot * kLanes);
+        const __m512i values = values_of(job, slot);
         Pair row;
         if (is_narrow(values)) [[likely]] {
             const auto* const entries = reinterpret_cast<const float*>(job.tables[slot].bytes);
@@ -31,6 +32,7 @@ void expand(const ExpandJob& job) {
         _mm512_store_ps(out + slot * kLanes, row.even);
         _mm512_store_ps(out + slot * kLanes + 16, row.odd);
     }
+    return true;
 }
 
 // A cell of a basis: for 4 times 8 channels, 8 floats for each of 32 slots.
@@ -77,7 +79,6 @@ constinit const ProductKernel kProductAvx512 = {
     .form = BasisForm::Floats,
     .begin = [] {},
     .end = [] {},
-    .collect = collect,
     .fill_tables = fill_tables,
     .expand = expand,
     .multiply = multiply,

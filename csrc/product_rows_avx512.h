@@ -11,16 +11,15 @@
 namespace cachegen {
 namespace {
 
-void collect(const CollectJob& job) {
-    for (size_t row = 0; row < job.size; ++row) {
-        const uint32_t slot = job.slots[row];
-        if (slot == kNoSlot) continue;
-        const __m512i values = _mm512_load_si512(job.values + row * kLanes);
-        _mm512_store_si512(job.out + size_t{slot} * kLanes, values);
-        // Threads at other places write other bytes; those at this one write the same.
-        if (_mm512_test_epi32_mask(values, values))
-            __atomic_store_n(job.used + slot / kSlotBlock, uint8_t{1}, __ATOMIC_RELAXED);
-    }
+inline __m512i values_of(const ExpandJob& job, size_t slot) {
+    return _mm512_load_si512(job.values + size_t{job.components[slot]} * kLanes);
+}
+
+inline bool is_zero(const ExpandJob& job) {
+    __m512i any = _mm512_setzero_si512();
+    for (size_t slot = 0; slot < kSlotBlock; ++slot)
+        any = _mm512_or_si512(any, values_of(job, slot));
+    return !_mm512_test_epi32_mask(any, any);
 }
 
 // 16 values of one slot, widened to 32 bits.

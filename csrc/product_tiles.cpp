@@ -52,7 +52,7 @@ void fill_tables(const SlotScale* scales, size_t count, int late_below, SlotTabl
 }
 
 inline Parts parts_of(const ExpandJob& job, size_t slot) {
-    const __m512i values = _mm512_load_si512(job.values + slot * kLanes);
+    const __m512i values = values_of(job, slot);
     if (is_narrow(values)) [[likely]] {
         const std::byte* const table = job.tables[slot].bytes;
         return {_mm512_permutexvar_epi16(values, _mm512_load_si512(table)),
@@ -67,7 +67,8 @@ inline Parts parts_of(const ExpandJob& job, size_t slot) {
 
 // Four tiles: high parts of the even lanes, of the odd ones, low parts of both. A row of a tile has
 // two slots, side by side for every lane.
-void expand(const ExpandJob& job) {
+bool expand(const ExpandJob& job) {
+    if (is_zero(job)) return false;
     for (size_t row = 0; row < kSlotBlock / 2; ++row) {
         const Parts first = parts_of(job, 2 * row), second = parts_of(job, 2 * row + 1);
         std::byte* const out = job.out + row * 64;
@@ -80,6 +81,7 @@ void expand(const ExpandJob& job) {
         put(out, first.high, second.high);
         put(out + 2 * kTile, first.low, second.low);
     }
+    return true;
 }
 
 // A cell of a basis: tiles of the high parts of 16 channels and of 16 more, then of the low ones.
@@ -95,6 +97,12 @@ void multiply_block(const MultiplyJob& job, size_t block) {
         const size_t active = job.active[n];
         const std::byte* const cell = job.basis + row + active * job.cell_bytes;
         const std::byte* const parts = job.components + active * kExpandedBytes;
+        // Tiles are loaded row by row: what comes from the second-level cache is asked for before.
+        const std::byte* const following =
+            n + 1 < job.count ? job.basis + row + job.active[n + 1] * job.cell_bytes
+                              : cell + job.slot_blocks * job.cell_bytes;
+        for (size_t i = 0; i < (kLow ? 4 : 2) * kTile; i += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(following + i), _MM_HINT_T0);
         _tile_loadd(6, parts, 64);
         _tile_loadd(7, parts + kTile, 64);
         if constexpr (kLow) {
@@ -143,7 +151,6 @@ constinit const ProductKernel kProductTiles = {
     .form = BasisForm::Tiles,
     .begin = begin,
     .end = end,
-    .collect = collect,
     .fill_tables = fill_tables,
     .expand = expand,
     .multiply = multiply,

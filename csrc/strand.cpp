@@ -7,7 +7,6 @@
 #include <string>
 
 #include "error.h"
-#include "product.h"
 #include "segment_layout.h"
 
 namespace cachegen {
@@ -122,9 +121,16 @@ void Strand::begin_unit() {
     done_ = 0;
     place_ = step_ / channels;
     lanes_ = group_->shape.active_lanes(place_);
-    if (unit_.size <= room_) return;
-    room_ = unit_.size;
-    values_ = std::make_unique<CacheLine[]>(room_);
+    const ComponentTarget* const to = group_->group.coefficients;
+    if (to && to->values) {
+        first_row_ = to->values + (place_ * channels + unit_.begin) * kLanes;
+        return;
+    }
+    if (unit_.size > room_) {
+        room_ = unit_.size;
+        values_ = std::make_unique<CacheLine[]>(room_);
+    }
+    first_row_ = reinterpret_cast<int16_t*>(values_.get());
 }
 
 void Strand::add_escapes(size_t steps) {
@@ -175,15 +181,10 @@ void Strand::read_plain(unsigned j, size_t steps) {
 }
 
 void Strand::finish_coefficients() {
+    const ComponentTarget& to = *group_->group.coefficients;
+    if (to.values) return;  // that is where they are
     UnitJob job = group_->job_of(unit_);
     job.values = row(0);
-    const ComponentTarget& to = *group_->group.coefficients;
-    if (to.collect) {
-        to.collect({row(0), unit_.size, to.slots + unit_.begin,
-                    to.values + place_ * to.blocks * kSlotBlock * kLanes,
-                    to.used_blocks + place_ * to.blocks});
-        return;
-    }
     const size_t stride = group_->shape.places() * kLanes;
     float* const out = to.floats + unit_.begin * stride + place_ * kLanes;
     uint8_t used[kBlockSteps];

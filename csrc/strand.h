@@ -73,7 +73,7 @@ public:
 private:
     uint64_t channel() const { return unit_.begin + done_; }
     int16_t* values() { return row(done_); }
-    int16_t* row(uint32_t step) { return reinterpret_cast<int16_t*>(values_.get() + step); }
+    int16_t* row(uint32_t step) { return first_row_ + step * kLanes; }
 
     void begin_unit();
     void add_escapes(size_t steps);
@@ -95,6 +95,7 @@ private:
     uint32_t done_ = 0;  // steps of the unit decoded so far
     uint32_t room_ = 0;  // largest unit so far
     std::unique_ptr<CacheLine[]> values_;  // a row of kLanes values each
+    int16_t* first_row_ = nullptr;         // of the unit: there, or where components go
     uint64_t rows_place_ = UINT64_MAX;
     uint32_t rows_plane_ = 0;
     std::array<std::byte*, kLanes> rows_;

@@ -20,7 +20,7 @@ namespace {
 
 // Values decoded at a time, bytes; a larger group goes alone. A small one alone has too few streams
 // to decode side by side.
-constexpr size_t kBatchBytes = size_t{1} << 20;
+constexpr size_t kBatchBytes = size_t{1} << 19;
 constexpr size_t kNoPlane = SIZE_MAX;
 
 void check(const TransformGroup& group, const FusedDecode& work) {
@@ -58,49 +58,35 @@ private:
     std::unique_ptr<CacheLine[]> lines_;
 };
 
-// The values of one group, in slots.
+// The values of one group.
 class GroupValues {
 public:
-    GroupValues(const TransformGroup& group, const ProductKernel& kernel)
-        : group(group), shape{group.decoded.tokens, group.decoded.channels}, kernel_(kernel) {}
+    explicit GroupValues(const TransformGroup& group)
+        : group(group), shape{group.decoded.tokens, group.decoded.channels} {}
 
     static size_t bytes_of(const TransformGroup& group) {
         const Shape shape{group.decoded.tokens, group.decoded.channels};
-        return shape.places() * group.basis->slot_blocks() * kSlotBlock * kLanes * sizeof(int16_t);
+        return shape.steps() * kLanes * sizeof(int16_t);
     }
 
-    // What the decoder is to fill.
+    // What the decoder is to fill: rows for all components, place by place.
     FusedGroup open(int16_t* values) {
-        const PackedBasis& basis = *group.basis;
         values_ = values;
-        used_.resize(shape.places() * basis.slot_blocks());
-        target_ = {nullptr, nullptr, kernel_.collect, basis.slots().data(), basis.slot_blocks(),
-                   values, used_.data()};
-        // Slots without a component are multiplied by 0, but they have to be numbers.
-        for (size_t slot = 0; slot < basis.components().size(); ++slot)
-            if (basis.components()[slot] == kNoSlot)
-                for (uint64_t place = 0; place < shape.places(); ++place)
-                    std::fill_n(block(place, slot / kSlotBlock) + slot % kSlotBlock * kLanes,
-                                kLanes, int16_t{0});
+        target_ = {nullptr, nullptr, values};
         FusedGroup open = group.decoded;
         open.coefficients = &target_;
         return open;
     }
 
-    int16_t* block(uint64_t place, size_t block) const {
-        return values_ + (place * group.basis->slot_blocks() + block) * kSlotBlock * kLanes;
-    }
-    bool is_used(uint64_t place, size_t block) const {
-        return used_[place * group.basis->slot_blocks() + block];
+    const int16_t* rows(uint64_t place) const {
+        return values_ + place * shape.channels * kLanes;
     }
 
     const TransformGroup& group;
     Shape shape;
 
 private:
-    const ProductKernel& kernel_;
     int16_t* values_ = nullptr;
-    std::vector<uint8_t> used_;  // by place and block of slots
     ComponentTarget target_{};
 };
 
@@ -132,7 +118,7 @@ public:
             while (head - before >= values.group.planes[plane].heads)
                 before += values.group.planes[plane++].heads;
             enter(values, plane);
-            finish_head(values, cells, head, head - before, head + 1 < last);
+            finish_head(values, cells, head, head - before, head + 1 < basis.heads().size());
         }
     }
 
@@ -144,11 +130,14 @@ private:
         const size_t slots = head.blocks * kSlotBlock, places = values.shape.places();
         scales_.resize(slots);
         tables_.resize(slots);
+        components_.resize(slots);
         for (size_t s = 0; s < slots; ++s) {
             const size_t slot = head.first_block * kSlotBlock + s;
             const uint32_t component = values.group.basis->components()[slot];
             scales_[s] = {};
+            components_[s] = 0;  // any, where the scales are 0
             if (component == kNoSlot) continue;
+            components_[s] = component;
             const size_t scale_class = from.side.classes[component] % kClasses;
             const float gain = cells.gains[slot];
             scales_[s] = {from.key_scaling.early_scale * gain, from.key_scaling.late_scale * gain,
@@ -161,12 +150,13 @@ private:
         counts_.assign(places, 0);
         for (size_t place = 0; place < places; ++place) {
             for (size_t block = 0; block < head.blocks; ++block) {
-                if (!values.is_used(place, head.first_block + block)) continue;
-                active_[place * head.blocks + counts_[place]++] = static_cast<uint16_t>(block);
-                kernel_.expand({values.block(place, head.first_block + block),
-                                scales_.data() + block * kSlotBlock,
-                                tables_.data() + block * kSlotBlock, from.key_scaling.late_below,
-                                expanded_.data() + (place * head.blocks + block) * kExpandedBytes});
+                const size_t slot = block * kSlotBlock;
+                const bool is_active = kernel_.expand(
+                    {values.rows(place), components_.data() + slot, scales_.data() + slot,
+                     tables_.data() + slot, from.key_scaling.late_below,
+                     expanded_.data() + (place * head.blocks + block) * kExpandedBytes});
+                if (is_active)
+                    active_[place * head.blocks + counts_[place]++] = static_cast<uint16_t>(block);
             }
         }
     }
@@ -253,6 +243,7 @@ private:
     AlignedVector<SlotScale> scales_;
     AlignedVector<SlotTable> tables_;
     Room expanded_;
+    std::vector<uint32_t> components_;  // of the slots
     std::vector<uint16_t> active_;
     std::vector<size_t> counts_;
     AlignedVector<float> sums_;
@@ -295,7 +286,7 @@ public:
         for (const TransformGroup& group : groups) bytes += GroupValues::bytes_of(group);
         values_.reserve(bytes);
         for (const TransformGroup& group : groups) {
-            open.push_back(std::make_unique<GroupValues>(group, kernel_));
+            open.push_back(std::make_unique<GroupValues>(group));
             values.groups.push_back(
                 open.back()->open(reinterpret_cast<int16_t*>(values_.data() + begin)));
             begin += GroupValues::bytes_of(group);

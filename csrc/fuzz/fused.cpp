@@ -70,7 +70,7 @@ struct Group {
         const Shape shape{tokens, channels};
         Exact<float> coefficients(channels * shape.places() * kLanes);
         Exact<uint8_t> used(channels), classes(channels);
-        const ComponentTarget components{coefficients.data.get(), used.data.get(), {}, {}, {}, {}, {}};
+        const ComponentTarget components{coefficients.data.get(), used.data.get(), nullptr};
         Exact<int64_t> places(tokens);
         for (uint64_t t = 0; t < tokens; ++t)
             places.data[t] = t % 7 == 5 ? kSkippedToken
