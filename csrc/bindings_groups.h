@@ -2,7 +2,9 @@
 #pragma once
 
 #include <deque>
+#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -86,15 +88,22 @@ public:
                 nb::cast<bool>(plane[7])};
     }
 
+    // Groups share many arrays, and looking into one takes long.
     template <class T>
     std::span<const T> view(nb::handle array) {
-        const auto typed = nb::cast<Vector<const T>>(array, /* convert = */ false);
-        kept_.push_back(nb::borrow(array));
-        return {typed.data(), typed.size()};
+        auto [known, is_new] = views_.try_emplace({array.ptr(), sizeof(T)});
+        if (is_new) {
+            const auto typed = nb::cast<Vector<const T>>(array, /* convert = */ false);
+            kept_.push_back(nb::borrow(array));
+            known->second = {typed.data(), typed.size()};
+        }
+        return {static_cast<const T*>(known->second.first), known->second.second};
     }
 
 private:
     std::vector<nb::object> kept_;
+    // By array and size of its elements; those of one size are of one type in what is read here.
+    std::map<std::pair<PyObject*, size_t>, std::pair<const void*, size_t>> views_;
     std::deque<ComponentTarget> targets_;
 };
 

@@ -12,11 +12,14 @@ namespace {
 
 using namespace nb::literals;
 
-// A basis with the array that it is made of.
+// A basis and the mean of its channels, with the arrays that they are.
 struct KeptBasis {
-    KeptBasis(const Matrix<const float>& values, const Vector<const uint32_t>& dims)
-        : array(values), packed(values.data(), values.shape(0), {dims.data(), dims.size()}) {}
+    KeptBasis(const Matrix<const float>& values, const Vector<const float>& mean,
+              const Vector<const uint32_t>& dims)
+        : array(values), mean(mean),
+          packed(values.data(), values.shape(0), {dims.data(), dims.size()}) {}
     Matrix<const float> array;
+    Vector<const float> mean;
     PackedBasis packed;
 };
 
@@ -30,15 +33,13 @@ TransformGroup read_group(GroupReader& reader, const nb::tuple& fields, KVType s
     decoded.channels = basis.packed.channels();
     decoded.side = parse_side(reader.view<uint8_t>(fields[2]), decoded.tokens, decoded.channels,
                               stored, /* plain = */ false);
-    const auto mean = reader.view<float>(fields[4]);
-    decoded.side.classes = reader.view<uint8_t>(fields[5]);
-    require(mean.size() == decoded.channels && decoded.side.classes.size() == decoded.channels,
-            "mean and classes");
+    decoded.side.classes = reader.view<uint8_t>(fields[4]);
+    require(decoded.side.classes.size() == decoded.channels, "classes");
     for (const uint8_t both : decoded.side.classes)
         require(both < kFamilies * kClasses, "class");
-    group.mean = mean.data();
-    reader.read_constants(nb::cast<nb::tuple>(fields[6]), decoded);
-    for (const nb::handle entry : nb::cast<nb::sequence>(fields[7])) {
+    group.mean = basis.mean.data();
+    reader.read_constants(nb::cast<nb::tuple>(fields[5]), decoded);
+    for (const nb::handle entry : nb::cast<nb::sequence>(fields[6])) {
         const PlaneTarget plane = reader.read_plane(nb::cast<nb::tuple>(entry), decoded.tokens);
         group.planes.push_back(plane);
         group.factors.push_back(plane.is_value ? decoded.value_factor : 1.0f);
@@ -68,16 +69,20 @@ void bind_profile(nb::module_& m) {
     nb::class_<KeptBasis>(m, "PackedBasis")
         .def(
             "__init__",
-            [](KeptBasis* self, const Matrix<const float>& values,
+            [](KeptBasis* self, const Matrix<const float>& values, const Vector<const float>& mean,
                const Vector<const uint32_t>& dims) {
-                require(values.shape(0) == values.shape(1), "basis");
-                new (self) KeptBasis(values, dims);
+                require(values.shape(0) == values.shape(1) && mean.size() == values.shape(0),
+                        "basis");
+                new (self) KeptBasis(values, mean, dims);
             },
-            "values"_a.noconvert(), "dims"_a.noconvert())
+            "values"_a.noconvert(), "mean"_a.noconvert(), "dims"_a.noconvert())
         .def_prop_ro("is_joint", [](const KeptBasis& self) { return self.packed.is_joint(); });
     m.def("decode_transformed", decode, "type"_a, "stored"_a, "passes"_a, "coarse"_a, "refine"_a,
           "ropes"_a, "groups"_a, "threads"_a);
-    m.def("can_transform", [](const std::string& type) { return product_kernel(type_of(type)) != nullptr; }, "type"_a);
+    m.def(
+        "can_transform",
+        [](const std::string& type) { return product_kernel(type_of(type)) != nullptr; },
+        "type"_a);
     m.def("allow_tiles", allow_tiles, "allowed"_a);
 }
 

@@ -20,8 +20,7 @@ namespace {
 
 // Values decoded at a time, bytes; a larger group goes alone. A small one alone has too few streams
 // to decode side by side.
-constexpr size_t kBatchBytes = size_t{1} << 19;
-constexpr size_t kNoPlane = SIZE_MAX;
+constexpr size_t kBatchBytes = size_t{1} << 20;
 
 void check(const TransformGroup& group, const FusedDecode& work) {
     const auto& heads = group.basis->heads();
@@ -112,7 +111,6 @@ public:
         const PackedBasis& basis = *values.group.basis;
         const PackedBasis::Cells& cells = basis.cells(kernel_.form);
         expand(values, cells, basis.heads()[first]);
-        plane_ = kNoPlane;
         size_t plane = 0, before = 0;
         for (size_t head = first; head < last; ++head) {
             while (head - before >= values.group.planes[plane].heads)
@@ -163,9 +161,10 @@ private:
 
     // Finds out where the tokens of a plane go, and what it has for RoPE.
     void enter(const GroupValues& values, size_t index) {
-        if (index == plane_) return;
-        plane_ = index;
         const PlaneTarget& plane = values.group.planes[index];
+        plane_ = index;
+        if (&plane == entered_) return;
+        entered_ = &plane;
         const uint64_t places = values.shape.places();
         const GroupSide& side = values.group.decoded.side;
         rows_.assign(places * kLanes, nullptr);
@@ -238,7 +237,8 @@ private:
     const FusedDecode& work_;
     const RopeCache& ropes_;
     const ProductKernel& kernel_;
-    size_t plane_ = kNoPlane;
+    size_t plane_ = 0;
+    const PlaneTarget* entered_ = nullptr;
     std::vector<std::byte*> rows_;  // of the tokens of a plane, head 0; in the order of elements
     AlignedVector<SlotScale> scales_;
     AlignedVector<SlotTable> tables_;

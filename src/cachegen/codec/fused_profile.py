@@ -107,7 +107,9 @@ class _Classes:
     def __init__(self, bases: Sequence[GroupBasis]) -> None:
         deviations = np.concatenate([statistics.deviation for statistics in bases])
         families = np.concatenate([statistics.families for statistics in bases])
-        self._ends = np.cumsum([len(statistics.deviation) for statistics in bases])
+        sizes = [len(statistics.deviation) for statistics in bases]
+        self._ends = np.cumsum(sizes).tolist()
+        self._begins = [0, *self._ends[:-1]]
         self._order = np.argsort(deviations, kind="stable")
         self._deviations = deviations[self._order].astype(np.float64)
         self._families = families * np.uint8(CLASSES)
@@ -116,14 +118,26 @@ class _Classes:
         """Return (N,) uint8 for each group. offsets: of each, what its classes are shifted by."""
         # Dividing keeps the order, so that the few edges can be looked up among the components.
         steps = self._deviations / np.float64(np.float32(step))
-        bounds = np.searchsorted(steps, class_edges(), side="left")
-        counts = np.diff(bounds, prepend=0, append=len(steps))
-        classes = np.empty(len(steps), np.int16)
-        classes[self._order] = np.repeat(np.arange(CLASSES, dtype=np.int16), counts)
-        sizes = np.diff(self._ends, prepend=0)
-        classes += np.repeat(np.asarray(offsets, np.int16), sizes)
-        both = np.clip(classes, 0, CLASSES - 1).astype(np.uint8) + self._families
-        return np.split(both, self._ends[:-1])
+        bounds = steps.searchsorted(class_edges(), side="left")
+        counts = np.empty(CLASSES, np.int64)
+        counts[0], counts[-1] = bounds[0], len(steps) - bounds[-1]
+        np.subtract(bounds[1:], bounds[:-1], out=counts[1:-1])
+        classes = np.empty(len(steps), np.uint8)
+        classes[self._order] = _CLASS_NUMBERS.repeat(counts)
+        parts = []
+        for begin, end, offset in zip(self._begins, self._ends, offsets, strict=True):
+            part = classes[begin:end]
+            if offset:
+                part = _SHIFTED[128 + offset].take(part)
+            parts.append(part + self._families[begin:end])
+        return parts
+
+
+_CLASS_NUMBERS = np.arange(CLASSES, dtype=np.uint8)
+# Row 128 + offset: what every class becomes.
+_SHIFTED = np.clip(np.arange(-128, 128)[:, None] + np.arange(CLASSES), 0, CLASSES - 1).astype(
+    np.uint8
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +162,7 @@ def _ready(header: Header, basis: ModelBasis) -> _Ready:
                 for _, is_value in planes_of_group(group)
                 for _ in range(header.geometry.kv_heads)
             ]
-            packed.append(native.PackedBasis(statistics.basis, dims))
+            packed.append(native.PackedBasis(statistics.basis, statistics.mean, dims=dims))
         _READY[bases[0]] = _Ready(_Classes(bases), tuple(packed))
     return _READY[bases[0]]
 
@@ -187,7 +201,6 @@ def _decode_at_once(
                 present,
                 np.frombuffer(sides[index], np.uint8),
                 ready.packed[index],
-                statistics.mean,
                 classes[index],
                 constants(header.passes, len(present), decay, step, basis.value_weight),
                 plane_targets(header, group, target),

@@ -23,13 +23,15 @@ from cachegen.types import KVDtype, RopeSpec
 class PackedBasis:
     """A basis in the order that the kernels read it.
 
-    values: (N, N) float32, C-contiguous, components to channels; kept alive, not copied, and packed
-    when it is first used. dims: of every head, in channel order; their sum is N.
-    Raises: GeometryError.
+    values: (N, N) float32, C-contiguous, components to channels, and mean: (N,) float32 of the
+    channels; kept alive, not copied, and packed when first used.
+    dims: of every head, in channel order; their sum is N. Raises: GeometryError.
     """
 
-    def __init__(self, values: NDArray[np.float32], dims: Sequence[int]) -> None:
-        self._core = _core.PackedBasis(values, np.asarray(dims, np.uint32))
+    def __init__(
+        self, values: NDArray[np.float32], mean: NDArray[np.float32], *, dims: Sequence[int]
+    ) -> None:
+        self._core = _core.PackedBasis(values, mean, np.asarray(dims, np.uint32))
 
     @property
     def is_joint(self) -> bool:
@@ -42,7 +44,7 @@ class TransformSource(NamedTuple):
     """The bytes of one group and all that the decoder needs beside them.
 
     passes: (kind, body) of the passes at hand, pass 0 first. side: its side information.
-    mean: (N,) float32. classes: (N,) uint8 of the components, family * 64 + class.
+    classes: (N,) uint8 of the components, family * 64 + class.
     planes: in channel order. constants: with what V is divided by.
     """
 
@@ -50,7 +52,6 @@ class TransformSource(NamedTuple):
     passes: Sequence[tuple[int, Symbols]]
     side: Symbols
     basis: PackedBasis
-    mean: NDArray[np.float32]
     classes: Symbols
     constants: Constants
     planes: Sequence[PlaneTarget]
@@ -94,7 +95,6 @@ def decode_transformed(
             group.passes,
             group.side,
             group.basis._core,
-            group.mean,
             group.classes,
             group.constants,
             group.planes,
