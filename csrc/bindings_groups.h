@@ -56,7 +56,7 @@ public:
         for (const nb::handle entry : passes) {
             const auto pass = nb::cast<nb::tuple>(entry);
             const auto kind = nb::cast<unsigned>(pass[0]);
-            require(kind <= static_cast<unsigned>(PassKind::Packed), "kind of a pass");
+            require(kind <= static_cast<unsigned>(PassKind::Sparse), "kind of a pass");
             group.passes.push_back({static_cast<PassKind>(kind), view<uint8_t>(pass[1])});
         }
     }

@@ -84,6 +84,10 @@ void bind_profile(nb::module_& m) {
         [](const std::string& type) { return product_kernel(type_of(type)) != nullptr; },
         "type"_a);
     m.def("allow_tiles", allow_tiles, "allowed"_a);
+    m.def("uses_tiles", [](const std::string& type) {
+        const ProductKernel* const kernel = product_kernel(type_of(type));
+        return kernel && kernel->form == BasisForm::Tiles;
+    }, "type"_a);
 }
 
 }  // namespace cachegen

@@ -34,7 +34,7 @@ struct PlaneTarget {
     bool is_value;
 };
 
-enum class PassKind : uint8_t { Rans, Bytes, Packed };
+enum class PassKind : uint8_t { Rans, Bytes, Packed, Sparse };
 
 struct PassBody {
     PassKind kind;

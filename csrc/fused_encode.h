@@ -38,7 +38,7 @@ struct EncodePlane {
 
 // One coded pass of a group.
 struct EncodedPass {
-    enum class Kind : uint8_t { Rans, Bytes, Packed } kind;
+    enum class Kind : uint8_t { Rans, Bytes, Packed, Sparse } kind;
     std::vector<uint8_t> body;
 };
 

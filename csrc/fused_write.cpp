@@ -5,6 +5,7 @@
 #include "dispatch.h"
 #include "fused_encode.h"
 #include "segment_layout.h"
+#include "sparse.h"
 
 namespace cachegen {
 namespace {
@@ -35,6 +36,7 @@ public:
             return;
         }
         find_models();
+        find_sparse();
         set_escapes_apart();
         for (unsigned pass = 0; pass < settings_.passes; ++pass) {
             buffers_.bodies_[pass].resize(4 + 8 * streams_);
@@ -43,7 +45,11 @@ public:
         for (uint64_t stream = 0; stream < streams_; ++stream) encode_stream(stream);
         for (unsigned pass = 0; pass < settings_.passes; ++pass)
             group_.passes[pass].body = buffers_.bodies_[pass];
-        if (group_.passes[0].body.size() >= size) keep_bytes();
+        if (is_sparse_) {
+            group_.passes[0] = {EncodedPass::Kind::Sparse, write_sparse(sparse_, shape_)};
+        } else if (group_.passes[0].body.size() >= size) {
+            keep_bytes();
+        }
         for (unsigned pass = 1; pass < settings_.passes; ++pass)
             if (group_.passes[pass].body.size() >= size / 4) keep_packed(pass);
     }
@@ -71,6 +77,22 @@ private:
                                           std::clamp(row, 0, kTableRowCount - 1));
             }
         }
+    }
+
+    // Looks for the symbols of pass 0 that are not 0, until there are too many.
+    void find_sparse() {
+        const uint64_t most = shape_.tokens * shape_.channels / kSparseShare;
+        for (uint64_t step = 0; step < shape_.steps(); ++step) {
+            const uint8_t* const symbols = &digits_.symbols[step * kLanes];
+            uint8_t any = 0;
+            for (unsigned e = 0; e < kLanes; ++e) any |= symbols[e];
+            if (!any) [[likely]] continue;
+            for (unsigned e = kLanes; e-- > 0;)
+                if (symbols[e])
+                    sparse_.push_back({step, static_cast<uint8_t>(kLanes - 1 - e), symbols[e]});
+            if (sparse_.size() > most) return;
+        }
+        is_sparse_ = true;
     }
 
     // In the order of a stream: places, channels, lanes.
@@ -192,6 +214,8 @@ private:
     uint64_t streams_;
     std::vector<std::vector<uint16_t>> models_;    // by pass and channel
     std::vector<std::vector<uint8_t>> escapes_;    // by stream
+    std::vector<SparseSymbol> sparse_;             // of pass 0, all of them if is_sparse_
+    bool is_sparse_ = false;
 };
 
 void PassWriter::write(EncodeGroup& group, GroupDigits& digits, const EncodeSettings& settings) {

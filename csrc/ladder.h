@@ -36,6 +36,7 @@ inline constexpr int16_t kLookup[32] = {0,   1,   2,   3,   4,   5,   6,  7,  8,
 // One head at one place: `size` rows of kLanes values to one row of `size` floats for each lane.
 struct UnitJob {
     const int16_t* values;
+    bool is_blank;  // they are all 0
     size_t size;
     Scaling scaling;
     const float *early_offset, *late_offset, *mean;  // one per row

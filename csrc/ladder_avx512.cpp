@@ -128,6 +128,10 @@ inline bool is_narrow(__m512i values) {  // all from -16 to 15
 }
 
 inline Floats floats_of(const UnitJob& job, size_t row) {
+    if (job.is_blank) {
+        const __m512 mean = _mm512_set1_ps(0.0f + job.mean[row]);
+        return {mean, mean};
+    }
     const __m512i values = load(job.values + row * kLanes);
     if (job.lookup && is_narrow(values)) [[likely]] {
         const float* const entries = static_cast<const float*>(job.lookup) + row * kLanes;

@@ -106,17 +106,19 @@ void PreparedGroup::fill_constants(const FusedDecode& work) {
     early_offset.resize(n);
     late_offset.resize(n);
     mean.assign(n, 0.0f);
+    const uint8_t* const classes = group.side.classes.data();
     for (const Unit& unit : units) {
         const bool is_value = !group.coefficients && group.planes[unit.plane].is_value;
         const float factor = is_value ? group.value_factor : 1.0f;
         for (size_t c = unit.begin; c < unit.begin + unit.size; ++c) {
-            const size_t scale_class = group.side.classes[c] % kClasses;
-            early_offset[c] = group.early_offset[scale_class] * factor;
-            late_offset[c] = group.late_offset[scale_class] * factor;
-            if (group.side.mean.empty()) continue;
-            const auto level = static_cast<float>(static_cast<int8_t>(group.side.mean[c]));
-            mean[c] = level * group.side.mean_scale * factor;
+            early_offset[c] = group.early_offset[classes[c] % kClasses] * factor;
+            late_offset[c] = group.late_offset[classes[c] % kClasses] * factor;
         }
+        if (group.side.mean.empty()) continue;
+        const uint8_t* const levels = group.side.mean.data();
+        for (size_t c = unit.begin; c < unit.begin + unit.size; ++c)
+            mean[c] = static_cast<float>(static_cast<int8_t>(levels[c])) * group.side.mean_scale *
+                      factor;
     }
     for (unsigned j = 0; j < group.passes.size(); ++j) {
         uint16_t rows[kFamilies * kClasses];
@@ -124,11 +126,11 @@ void PreparedGroup::fill_constants(const FusedDecode& work) {
             rows[i] = static_cast<uint16_t>(
                 (i / kClasses * kTableRows + table_row(i % kClasses, work.passes - 1 - j)) *
                 (j ? 2 : 1));
-        models.emplace_back(n);
-        for (size_t c = 0; c < n; ++c) models[j][c] = rows[group.side.classes[c]];
+        models.emplace_back(group.passes[j].kind == PassKind::Rans ? n : 0);
+        for (size_t c = 0; c < models[j].size(); ++c) models[j][c] = rows[classes[c]];
     }
-    escapes.resize(n);
-    for (size_t c = 0; c < n; ++c) escapes[c] = work.coarse.escape(models[0][c]);
+    escapes.resize(models[0].size());
+    for (size_t c = 0; c < escapes.size(); ++c) escapes[c] = work.coarse.escape(models[0][c]);
     if (!group.side.exempt.empty()) is_exempt.resize(group.tokens);
     for (size_t i = 0; i < group.side.exempt_count(); ++i)
         is_exempt[group.side.exempt_token(i)] = true;
@@ -138,7 +140,7 @@ void PreparedGroup::fill_constants(const FusedDecode& work) {
 void PreparedGroup::fill_lookup(const FusedDecode& work, const Kernels& kernel) {
     constexpr uint64_t kFewestPlaces = 3;
     const auto fill = kernel.fill_lookup[static_cast<size_t>(work.type)];
-    if (!fill || shape.places() < kFewestPlaces) return;
+    if (!fill || shape.places() < kFewestPlaces || is_sparse()) return;
     size_t lines = 0;
     for (Unit& unit : units) {
         const bool wide =
@@ -164,6 +166,10 @@ void PreparedGroup::find_streams() {
         switch (pass.kind) {
             case PassKind::Rans:
                 streams.back() = parse_layout(pass.bytes, shape, {});
+                continue;
+            case PassKind::Sparse:
+                require(j == 0, "sparse pass", std::to_string(j), "pass 0");
+                sparse = parse_sparse(pass.bytes, shape, 2 * kMaxCoarse);
                 continue;
             case PassKind::Bytes: break;
             case PassKind::Packed: wanted = 2 * ceil_div(wanted, 8);

@@ -12,6 +12,7 @@
 #include "format.h"
 #include "fused_decode.h"
 #include "segment_layout.h"
+#include "sparse.h"
 
 namespace cachegen {
 
@@ -31,6 +32,7 @@ struct PreparedGroup {
     Shape shape;
     std::vector<std::vector<StreamLayout>> streams;  // of every pass; none unless it is rANS
     std::vector<std::vector<uint16_t>> models;       // of every pass, one per channel
+    std::vector<SparseSymbol> sparse;                // of pass 0, if it is sparse
     std::vector<uint8_t> escapes;                    // of pass 0, one per channel
     std::vector<float> early_offset, late_offset, mean;
     std::unique_ptr<CacheLine[]> lookup;  // UnitJob::lookup of all units, or null
@@ -41,6 +43,11 @@ struct PreparedGroup {
 
     // Exempt tokens are stored at once. Throws Error.
     PreparedGroup(const FusedDecode& work, const FusedGroup& source, const Kernels& kernel);
+
+    // Whether nearly all values are 0.
+    bool is_sparse() const {
+        return group.passes.size() == 1 && group.passes[0].kind == PassKind::Sparse;
+    }
 
     // A job for a unit, but for what depends on the place.
     UnitJob job_of(const Unit& unit) const;

@@ -12,6 +12,11 @@
 namespace cachegen {
 namespace {
 
+int16_t value_of_symbol(unsigned symbol) {
+    const int magnitude = static_cast<int>(symbol + 1) / 2;
+    return static_cast<int16_t>(symbol % 2 ? -magnitude : magnitude);
+}
+
 [[noreturn]] void refuse_digit(const char* what, unsigned got, std::string expected) {
     throw Error(ErrorKind::Corrupt, what, std::to_string(got), std::move(expected));
 }
@@ -58,6 +63,13 @@ void Strand::start(std::shared_ptr<const PreparedGroup> group, size_t item) {
     end_ = group_->boundaries[item + 1];
     for (unsigned j = 0; j < passes(); ++j) cursors_[j].start(*group_, j, step_);
     rope_place_ = rows_place_ = UINT64_MAX;
+    const auto& sparse = group_->sparse;
+    const auto is_before = [](const SparseSymbol& one, uint64_t step) { return one.step < step; };
+    next_sparse_ = static_cast<size_t>(
+        std::lower_bound(sparse.begin(), sparse.end(), step_, is_before) - sparse.begin());
+    const uint64_t channels = group_->shape.channels;
+    enter_place(step_ / channels);
+    unit_index_ = size_t{group_->unit_of[step_ % channels]} - 1;  // begin_unit adds 1
     begin_unit();
 }
 
@@ -84,6 +96,7 @@ DecodeRun* Strand::begin_pass(unsigned j, size_t steps) {
 
 void Strand::end_pass(unsigned j, size_t steps) {
     PassCursor& cursor = cursors_[j];
+    if (group_->group.passes[j].kind == PassKind::Sparse) return read_sparse(steps);
     const bool is_rans = cursor.is_rans();
     if (is_rans)
         cursor.reader().check_words();
@@ -93,7 +106,9 @@ void Strand::end_pass(unsigned j, size_t steps) {
         bool any_escaped = is_rans;
         if (!is_rans || !kernel_.decode_coarse) {
             kernel_.coarse_values(block_.bytes, steps, values());
-            kernel_.find_bytes(block_.bytes, group_->escapes.data() + channel(), steps, escaped_);
+            if (is_rans)
+                kernel_.find_bytes(block_.bytes, group_->escapes.data() + channel(), steps,
+                                   escaped_);
         } else {
             any_escaped = cursor.reader().run.any_escaped;
         }
@@ -115,15 +130,23 @@ void Strand::end_block(size_t steps) {
         group_.reset();
 }
 
+void Strand::enter_place(uint64_t place) {
+    place_ = place;
+    lanes_ = group_->shape.active_lanes(place);
+}
+
+// The unit behind the present one.
 void Strand::begin_unit() {
-    const uint64_t channels = group_->shape.channels;
-    unit_ = group_->units[group_->unit_of[step_ % channels]];
+    if (++unit_index_ == group_->units.size()) {
+        unit_index_ = 0;
+        enter_place(place_ + 1);
+    }
+    unit_ = group_->units[unit_index_];
     done_ = 0;
-    place_ = step_ / channels;
-    lanes_ = group_->shape.active_lanes(place_);
+    is_blank_ = group_->is_sparse();
     const ComponentTarget* const to = group_->group.coefficients;
     if (to && to->values) {
-        first_row_ = to->values + (place_ * channels + unit_.begin) * kLanes;
+        first_row_ = to->values + (place_ * group_->shape.channels + unit_.begin) * kLanes;
         return;
     }
     if (unit_.size > room_) {
@@ -147,10 +170,8 @@ void Strand::add_escapes(size_t steps) {
                 const unsigned symbol = reader.next_escaped(escapes[step], step_ + step);
                 if (symbol > 2 * kMaxCoarse)
                     refuse_digit("symbol of pass 0", symbol, "0 to 254");
-                const int magnitude = static_cast<int>(symbol + 1) / 2;
                 const auto lane = static_cast<unsigned>(std::countr_zero(lanes));
-                values()[step * kLanes + lane] =
-                    static_cast<int16_t>(symbol % 2 ? -magnitude : magnitude);
+                values()[step * kLanes + lane] = value_of_symbol(symbol);
             }
         }
     }
@@ -180,6 +201,17 @@ void Strand::read_plain(unsigned j, size_t steps) {
         refuse_digit(j ? "digit" : "symbol of pass 0", largest, "0 to " + std::to_string(most));
 }
 
+void Strand::read_sparse(size_t steps) {
+    std::memset(values(), 0, steps * kLanes * sizeof *values());
+    const auto& sparse = group_->sparse;
+    for (; next_sparse_ < sparse.size() && sparse[next_sparse_].step < step_ + steps;
+         ++next_sparse_) {
+        const SparseSymbol& one = sparse[next_sparse_];
+        values()[(one.step - step_) * kLanes + one.lane] = value_of_symbol(one.symbol);
+        is_blank_ = false;
+    }
+}
+
 void Strand::finish_coefficients() {
     const ComponentTarget& to = *group_->group.coefficients;
     if (to.values) return;  // that is where they are
@@ -206,6 +238,7 @@ void Strand::finish() {
             rows_[lane] ? rows_[lane] + unit_.head * plane.head_stride : nullptr;
     UnitJob job = group_->job_of(unit_);
     job.values = row(0);
+    job.is_blank = is_blank_;
     if (turns(work_, plane)) add_rope(plane, job);
     job.rows = rows.data();
     job.scratch = scratch_.reserve(unit_.size, work_.type);

@@ -75,9 +75,11 @@ private:
     int16_t* values() { return row(done_); }
     int16_t* row(uint32_t step) { return first_row_ + step * kLanes; }
 
+    void enter_place(uint64_t place);
     void begin_unit();
     void add_escapes(size_t steps);
     void read_plain(unsigned j, size_t steps);
+    void read_sparse(size_t steps);
     void finish();
     void finish_coefficients();
     void find_rows(const PlaneTarget& plane);
@@ -91,8 +93,11 @@ private:
     std::array<PassCursor, kMaxPasses> cursors_;
     uint64_t step_ = 0, end_ = 0, place_ = 0;
     unsigned lanes_ = 0;
+    size_t unit_index_ = 0;
     Unit unit_{};
     uint32_t done_ = 0;  // steps of the unit decoded so far
+    bool is_blank_ = false;  // all values of the unit are 0 so far
+    size_t next_sparse_ = 0;  // of PreparedGroup::sparse
     uint32_t room_ = 0;  // largest unit so far
     std::unique_ptr<CacheLine[]> values_;  // a row of kLanes values each
     int16_t* first_row_ = nullptr;         // of the unit: there, or where components go

@@ -9,6 +9,7 @@
 #include "fused_decode.h"
 #include "fuzz.h"
 #include "rans.h"
+#include "sparse.h"
 
 namespace cachegen {
 
@@ -113,6 +114,22 @@ std::vector<uint8_t> encode_pass(const Shape& shape, const std::vector<uint8_t>&
     return encode_segment(symbols.data(), coding, stream_steps);
 }
 
+// Leaves so few symbols that they may be written sparsely, and returns them.
+std::vector<SparseSymbol> thin_out(Random& random, const Shape& shape,
+                                   std::vector<uint8_t>& symbols) {
+    std::vector<SparseSymbol> few;
+    for (uint64_t step = 0; step < shape.steps(); ++step)
+        for (unsigned lane = 0; lane < shape.active_lanes(step / shape.channels); ++lane) {
+            const uint64_t token = lane * shape.places() + step / shape.channels;
+            uint8_t& symbol = symbols[token * shape.channels + step % shape.channels];
+            if (few.size() < shape.steps() && random.one_in(64) && symbol)
+                few.push_back({step, static_cast<uint8_t>(lane), symbol});
+            else
+                symbol = 0;
+        }
+    return few;
+}
+
 Group random_group(Random& random) {
     Group group;
     group.tokens = 1 + random.below(90);
@@ -158,10 +175,16 @@ Group random_group(Random& random) {
         for (uint8_t& symbol : symbols)
             symbol = static_cast<uint8_t>(
                 j ? random.below(3) : random.below(random.one_in(9) ? 255 : 4));
+        const bool is_sparse = j == 0 && random.one_in(3);
+        std::vector<SparseSymbol> few;
+        if (is_sparse) few = thin_out(random, shape, symbols);
         const uint64_t steps = random.one_in(6) ? stream_steps + 1 : stream_steps;
         std::vector<uint8_t> body;
         group.kinds.push_back(PassKind::Rans);
-        if (!random.one_in(5)) {
+        if (is_sparse) {
+            group.kinds.back() = PassKind::Sparse;
+            body = write_sparse(few, shape);
+        } else if (!random.one_in(5)) {
             const Tables& tables = j ? *ladder_tables().refine : *ladder_tables().coarse;
             body = encode_pass(shape, symbols, tables, models, j ? seen.data() : nullptr, steps);
         } else if (j == 0) {

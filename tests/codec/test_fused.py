@@ -16,7 +16,7 @@ from cachegen.codec import fused_profile, reference
 from cachegen.codec.base import Codec, empty_chunk
 from cachegen.codec.basis import load_basis
 from cachegen.codec.cachegen import CacheGenCodec
-from cachegen.codec.container import BYTES, PACKED, read_header
+from cachegen.codec.container import BYTES, PACKED, SIDE, SPARSE, read_header
 from cachegen.codec.fit import fit_basis
 from cachegen.codec.header import plane_groups
 from cachegen.codec.int8 import Int8Codec
@@ -249,6 +249,52 @@ def test_extra_memory_is_bounded() -> None:
     extra, output = map(int, run.stdout.split())
     assert output >= 6 << 20
     assert extra <= 4 << 20
+
+
+def few_wide_values(layers: int, dim: int) -> KVChunk:
+    """Values of one spread, but for a few: the first pass of a fine ladder is nearly all zero."""
+    rng = np.random.default_rng(5)
+    kv = rng.normal(size=(layers, 2, 200, 2, dim))
+    kv[rng.random(kv.shape) < 0.0005] *= 20
+    rope = rope_of(layers, dim, rotated=dim // 2, interleaved=False)
+    return KVChunk.from_array(kv.astype(KVDtype.BFLOAT16.numpy), rope=rope)
+
+
+@pytest.mark.parametrize("dim", [64, 80])
+def test_a_sparse_first_pass_equals_the_numpy_twin(isa: str, dim: int) -> None:
+    chunk = few_wide_values(3, dim)
+    data = ProgressiveCodec(passes=4, step=0.3).encode(chunk)
+    coded = [s for s in read_header(data).segments if s.pass_index == 0 and s.kind != SIDE]
+    assert {s.kind for s in coded} == {SPARSE}
+    assert min(s.length for s in coded) > 5
+    for part in prefixes(data):
+        read = decode(part, allow_partial=True)
+        assert_close(read, by_numpy(part))
+        native.select_isa("scalar")
+        plain = decode(part, allow_partial=True)
+        native.select_isa(isa)
+        np.testing.assert_array_equal(read.to_array(), plain.to_array())
+
+
+def test_a_damaged_sparse_pass_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = ProgressiveCodec(passes=4, step=0.3).encode(few_wide_values(1, 64))
+    header = read_header(good)
+    reader, target = ObjectReader(good), Target(header, empty_chunk(header))
+    segment, body = reader.segment(0, 0)
+    original = reader.segment
+    refused = 0
+    for wrong in (body[:3], body[:-1], bytes(body) + b"\1", b"\xff" * 4 + bytes(body[4:])):
+
+        def replaced(group: int, index: int, wrong: bytes = wrong) -> tuple[object, memoryview]:
+            if (group, index) == (0, 0):
+                return segment, memoryview(wrong)
+            return original(group, index)
+
+        monkeypatch.setattr(reader, "segment", replaced)
+        with pytest.raises(CorruptError, match="sparse segment"):
+            ProgressiveCodec.decode_into(reader, target, profile=None)
+        refused += 1
+    assert refused == 4
 
 
 @pytest.mark.parametrize("layers", [1, 12])

@@ -35,7 +35,7 @@ from cachegen.bench.speed_timing import (
     in_turn,
     limited,
 )
-from cachegen.chunk import KVChunk
+from cachegen.chunk import KVChunk, aligned_empty
 from cachegen.codec.base import Codec
 from cachegen.codec.cachegen import CacheGenCodec
 from cachegen.codec.container import read_header
@@ -149,7 +149,9 @@ class _Buffers:
 
     def __init__(self, chunk: KVChunk) -> None:
         copies = max(4, -(-destination_bytes() // chunk.size_bytes))
-        self.outs = [chunk.to_array().copy() for _ in range(copies)]
+        array = chunk.to_array()
+        self.outs = [aligned_empty(array.shape, array.dtype) for _ in range(copies)]
+        self.refill(chunk)
         self.chunks = [KVChunk.from_array(out, rope=chunk.rope) for out in self.outs]
         self.copier = Copier(self.outs)
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cachegen import native
-from cachegen.chunk import KVChunk, LayerKV
+from cachegen.chunk import KVChunk, LayerKV, aligned_empty
 from cachegen.codec.container import DEFAULT_MAX_DECODED_BYTES, Buffer
 from cachegen.codec.header import Header, SegmentBody
 from cachegen.codec.reader import ObjectReader
@@ -111,11 +111,11 @@ def empty_chunk(header: Header) -> KVChunk:
     uniform = all(held == (0, header.tokens) for held in header.ranges)
     if uniform and geometry.key_dim == geometry.value_dim:
         shape = (geometry.layers, 2, header.tokens, heads, geometry.key_dim)
-        return KVChunk.from_array(np.empty(shape, dtype), first_position=header.first_position)
+        return KVChunk.from_array(aligned_empty(shape, dtype), first_position=header.first_position)
     layers = [
         LayerKV(
-            np.empty((end - begin, heads, geometry.key_dim), dtype),
-            np.empty((end - begin, heads, geometry.value_dim), dtype),
+            aligned_empty((end - begin, heads, geometry.key_dim), dtype),
+            aligned_empty((end - begin, heads, geometry.value_dim), dtype),
             begin,
         )
         for begin, end in header.ranges

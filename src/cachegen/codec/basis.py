@@ -44,6 +44,7 @@ OUTLIER_NORM = 3.0
 
 
 @functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)
 def planes_of_group(group: Group) -> tuple[tuple[int, bool], ...]:
     """Return (layer, is_value) of the planes of a group, in channel order."""
     sides = [side for side in (False, True) if group.planes >> side & 1]

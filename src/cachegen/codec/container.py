@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Sequence
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from cachegen.chunk import KVChunk
-from cachegen.codec.header import Group, Header, Segment, SegmentBody, padded, plane_groups
+from cachegen.codec.header import (
+    ALIGNMENT,
+    Group,
+    Header,
+    Segment,
+    SegmentBody,
+    padded,
+    plane_groups,
+)
 from cachegen.errors import (
     ChecksumError,
     CorruptError,
@@ -51,8 +59,8 @@ _CHECKSUM_AT = slice(16, 24)
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
 _RAGGED, _KEYED, _PROFILED = 1, 2, 4
 
-SIDE, RANS, PACKED, BYTES = 0, 1, 2, 3
-KIND_NAMES = {SIDE: "side", RANS: "rans", PACKED: "packed", BYTES: "bytes"}
+SIDE, RANS, PACKED, BYTES, SPARSE = 0, 1, 2, 3, 4
+KIND_NAMES = {SIDE: "side", RANS: "rans", PACKED: "packed", BYTES: "bytes", SPARSE: "sparse"}
 
 Buffer = bytes | bytearray | memoryview
 
@@ -304,27 +312,41 @@ def _parse_segments(
     entries: np.ndarray, offset: int, n_groups: int, passes: int
 ) -> tuple[Segment, ...]:
     """Check the order of the table (FORMAT.md, "Segment table") and derive the offsets."""
-    segments = []
-    # Per group: 2 x finished passes, plus 1 after the side information of the next pass.
-    progress = [0] * n_groups
-    refining = False
-    for checksum, length, distortion, group, index, both in entries.tolist():
-        kind, bits = both & 15, both >> 4
-        sound = 1 <= bits <= 8 if kind == PACKED else bits == 0
-        if not sound or group >= n_groups or index >= passes or kind > BYTES:
-            raise CorruptError("segment", got=(group, index, kind, bits), expected="known values")
-        if length > MAX_SEGMENT_BYTES or not 0 <= distortion < math.inf:
-            raise LimitError("segment length or distortion", got=(length, distortion))
-        state = progress[group]
-        done = state >> 1
-        if index != done or (kind == SIDE and state & 1):
-            raise CorruptError("segment order", got=f"pass {index}", expected=f"pass {done}")
-        if refining and index == 0:
-            raise CorruptError("segment order", got="pass 0 late", expected="pass 0 first")
-        refining = refining or index > 0
-        progress[group] = 2 * done + 1 if kind == SIDE else 2 * done + 2
-        segments.append(Segment(group, index, kind, offset, length, checksum, distortion, bits))
-        offset += padded(length)
-    if any(done != 2 * passes for done in progress):
+    group, index = entries["group"].astype(np.int64), entries["pass"].astype(np.int64)
+    kind, bits = entries["kind"] & 15, entries["kind"] >> 4
+    length, distortion = entries["length"].astype(np.int64), entries["distortion"]
+
+    def check(sound: NDArray[np.bool_], what: str, expected: object) -> None:
+        if not sound.all():
+            at = int(sound.argmin())
+            got = tuple(int(column[at]) for column in (group, index, kind, bits))
+            raise CorruptError(what, got=got, expected=expected)
+
+    packed = (kind == PACKED) & (bits >= 1) & (bits <= 8)
+    known = (kind <= SPARSE) & (packed | ((kind != PACKED) & (bits == 0)))
+    check(known & (group < n_groups) & (index < passes), "segment", "known values")
+    if np.any(length > MAX_SEGMENT_BYTES) or not np.all(
+        (distortion >= 0) & np.isfinite(distortion)
+    ):
+        worst = int(length.max()), float(distortion.max())
+        raise LimitError("segment length or distortion", got=worst)
+    # Side information stands in front of the pass it belongs to, and passes are in order.
+    order = np.argsort(group, kind="stable")
+    side, owner = (kind == SIDE)[order], group[order]
+    first = np.r_[True, owner[1:] != owner[:-1]]
+    coded = np.cumsum(~side)
+    done = coded - ~side - (coded - ~side)[np.flatnonzero(first)][np.cumsum(first) - 1]
+    doubled = side & np.r_[False, side[:-1]] & ~first
+    in_order = np.empty(len(order), bool)
+    in_order[order] = (index[order] == done) & ~doubled
+    check(in_order, "segment order", "passes in order, side information before its pass")
+    late = (index == 0) & (np.maximum.accumulate(index) > 0)
+    check(~late, "segment order", "pass 0 first")
+    last = np.r_[first[1:], True]
+    whole = not np.any(last & (side | (done + 1 != passes)))
+    if int(first.sum()) != n_groups or not whole:
         raise CorruptError("segments", got="a group without all its passes", expected=passes)
-    return tuple(segments)
+    padded_length = (length + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    offsets = offset + np.cumsum(padded_length) - padded_length
+    columns = (group, index, kind, offsets, length, entries["checksum"], distortion, bits)
+    return tuple(map(Segment._make, zip(*(column.tolist() for column in columns), strict=True)))

@@ -19,6 +19,7 @@ from cachegen.codec.basis import ModelBasis, group_matrix
 from cachegen.codec.entropy import pack
 from cachegen.codec.fused_encode import MAX_MAGNITUDE, analyse
 from cachegen.codec.reference import profile_base
+from cachegen.codec.sparse import is_sparse, write_sparse
 from cachegen.native import fused_encode as coded
 from cachegen.native.fused_encode import LANES, token_order
 from cachegen.types import Array
@@ -289,7 +290,9 @@ def _write(
             stream_steps=passes.STREAM_STEPS,
         )
         kind = coded.RANS
-        if index == 0 and len(body) >= matrix.size:
+        if index == 0 and is_sparse(matrix):
+            kind, body = coded.SPARSE, write_sparse(matrix)
+        elif index == 0 and len(body) >= matrix.size:
             kind, body = coded.BYTES, matrix.tobytes()
         if index and matrix.size and len(body) >= matrix.size // 4:
             packed = pack(matrix, passes.DIGIT_BITS)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cachegen import native
 from cachegen.codec import ladder, passes
 from cachegen.codec.basis import planes_of_group
-from cachegen.codec.container import BYTES, PACKED, RANS
+from cachegen.codec.container import BYTES, PACKED, RANS, SPARSE
 from cachegen.codec.header import Group, Header
 from cachegen.codec.reader import ObjectReader
 from cachegen.codec.target import Target
@@ -23,7 +23,7 @@ from cachegen.native import fused
 
 Floats = NDArray[np.float32]
 
-_KINDS = {RANS: fused.RANS, BYTES: fused.BYTES, PACKED: fused.PACKED}
+_KINDS = {RANS: fused.RANS, BYTES: fused.BYTES, PACKED: fused.PACKED, SPARSE: fused.SPARSE}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -54,11 +54,11 @@ def bodies(reader: ObjectReader, group: int) -> list[tuple[int, NDArray[np.uint8
     result = []
     for index in range(reader.passes_of(group)):
         segment, body = reader.segment(group, index)
-        allowed = (RANS, PACKED) if index else (RANS, BYTES)
+        allowed = (RANS, PACKED) if index else (RANS, BYTES, SPARSE)
         if segment.kind not in allowed or (
             segment.kind == PACKED and segment.bits != passes.DIGIT_BITS
         ):
-            expected = f"rANS or {'2 bits' if index else 'bytes'}"
+            expected = f"rANS or {'2 bits' if index else 'bytes or sparse'}"
             raise CorruptError(f"kind of pass {index}", got=segment.kind, expected=expected)
         result.append((_KINDS[segment.kind], np.frombuffer(body, np.uint8)))
     return result

@@ -21,7 +21,7 @@ from cachegen.codec.basis import (
     outlier_tokens,
     planes_of_group,
 )
-from cachegen.codec.container import BYTES, PACKED, RANS, SIDE
+from cachegen.codec.container import BYTES, PACKED, RANS, SIDE, SPARSE
 from cachegen.codec.header import Group, SegmentBody
 from cachegen.codec.reference import profile_base
 from cachegen.codec.rotary import angles
@@ -38,6 +38,7 @@ _KINDS = {
     coded.RANS: RANS,
     coded.BYTES: BYTES,
     coded.PACKED: PACKED,
+    coded.SPARSE: SPARSE,
 }
 
 

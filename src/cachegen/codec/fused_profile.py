@@ -180,9 +180,7 @@ def decode_with_profile(
         _decode_with_products(reader, target, basis, step)
 
 
-def _decode_at_once(
-    reader: ObjectReader, target: Target, basis: ModelBasis, step: float
-) -> None:
+def _decode_at_once(reader: ObjectReader, target: Target, basis: ModelBasis, step: float) -> None:
     header = reader.header
     ready = _ready(header, basis)
     sides = [reader.side(index, 0) for index in range(len(basis.groups))]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cachegen import native
-from cachegen.codec.container import BYTES, PACKED, RANS, SIDE
+from cachegen.codec.container import BYTES, PACKED, RANS, SIDE, SPARSE
 from cachegen.codec.entropy import unpack, unpack_bytes
 from cachegen.codec.header import SegmentBody
 from cachegen.codec.ladder import (
@@ -26,6 +26,7 @@ from cachegen.codec.ladder import (
     row_of,
 )
 from cachegen.codec.reader import ObjectReader
+from cachegen.codec.sparse import read_sparse
 from cachegen.errors import CorruptError
 
 TOTAL = 4096
@@ -140,8 +141,11 @@ def read(
                 )
             elif segment.kind == BYTES:
                 symbols = unpack_bytes(body, shape)
+            elif segment.kind == SPARSE:
+                symbols = read_sparse(body, shape, 2 * MAX_COARSE)
             else:
-                raise CorruptError("kind of pass 0", got=segment.kind, expected="rANS or bytes")
+                expected = "rANS, bytes or sparse"
+                raise CorruptError("kind of pass 0", got=segment.kind, expected=expected)
             ladder = Ladder(_coarse_values(symbols), ())
             continue
         if segment.kind == RANS:

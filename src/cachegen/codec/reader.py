@@ -43,26 +43,26 @@ class ObjectReader:
                 expected=f"{whole} bytes",
                 remedy="fetch the rest, or pass allow_partial=True to use the whole passes",
             )
-        self._segments = {
-            (segment.group, segment.pass_index, segment.kind == SIDE): segment
-            for segment in self.header.segments
-            if segment.offset + segment.length <= size
-        }
-        for group in range(len(self.header.groups)):
-            if self.passes_of(group) == 0:
-                raise TruncatedError(
-                    "object",
-                    got=f"{size} bytes",
-                    expected="at least every pass 0",
-                    remedy="fetch more of it",
-                )
+        self._passes = [0] * len(self.header.groups)
+        self._segments = {}
+        for segment in self.header.segments:
+            if segment.offset + segment.length > size:
+                break  # payload is in the order of the table
+            is_side = segment.kind == SIDE
+            self._segments[segment.group, segment.pass_index, is_side] = segment
+            if not is_side:
+                self._passes[segment.group] += 1
+        if 0 in self._passes:
+            raise TruncatedError(
+                "object",
+                got=f"{size} bytes",
+                expected="at least every pass 0",
+                remedy="fetch more of it",
+            )
 
     def passes_of(self, group: int) -> int:
         """Return how many passes of a group are whole."""
-        count = 0
-        while (group, count, False) in self._segments:
-            count += 1
-        return count
+        return self._passes[group]
 
     def segment(self, group: int, pass_index: int) -> tuple[Segment, memoryview]:
         """Return the coded segment of a pass and its verified bytes. Raises: ChecksumError."""
@@ -75,7 +75,7 @@ class ObjectReader:
         return self._verified(segment) if segment else memoryview(b"")
 
     def _verified(self, segment: Segment) -> memoryview:
-        end = segment.offset + segment.length
+        end, padded_end = segment.offset + segment.length, segment.end
         body = self._data[segment.offset : end]
         if xxhash.xxh3_64_intdigest(body) != segment.checksum:
             label = self.header.groups[segment.group].label
@@ -85,7 +85,7 @@ class ObjectReader:
                 expected=f"{segment.checksum:016x}",
                 remedy="the object is damaged: fetch or encode it again",
             )
-        if segment.end > end and any(self._data[end : segment.end]):
+        if padded_end > end and any(self._data[end:padded_end]):
             raise CorruptError("segment padding", got="non-zero bytes", expected="zero bytes")
         return body
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cachegen.chunk import KVChunk, as_numpy
+from cachegen.chunk import KVChunk, aligned_empty, as_numpy
 from cachegen.codec.header import Header
 from cachegen.errors import DtypeError, GeometryError
 from cachegen.native.fused import PlaneTarget, token_offsets
@@ -41,9 +41,14 @@ class Target:
             raise GeometryError("layers of out", got=len(pairs), expected=header.geometry.layers)
         self._pairs = pairs
         self.dtype = KVDtype.of(pairs[0][0].dtype)
+        seen: set[tuple[Any, ...]] = set()
         for layer, pair in enumerate(pairs):
             for is_value, array in enumerate(pair):
-                self._check(layer, bool(is_value), array)
+                # Planes are all alike, usually.
+                kind = header.ranges[layer], is_value, array.shape, array.strides, array.dtype
+                if kind not in seen or not array.flags.writeable:
+                    self._check(layer, bool(is_value), array)
+                    seen.add(kind)
         self._offsets: dict[tuple[Any, ...], NDArray[np.int64]] = {}
 
     def _check(self, layer: int, is_value: bool, array: Array) -> None:
@@ -112,7 +117,7 @@ class Target:
             return
         begin, end = self._header.ranges[layer]
         shape = (end - begin, geometry.kv_heads, geometry.plane_dim(is_value=is_value))
-        plane = np.empty(shape, geometry.dtype.numpy)
+        plane = aligned_empty(shape, geometry.dtype.numpy)
         yield plane
         values = convert(plane, self.dtype)
         if self._slots is None:

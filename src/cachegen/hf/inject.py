@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache
 
-from cachegen.chunk import KVChunk, as_torch
+from cachegen.chunk import KVChunk, aligned_empty, as_torch
 from cachegen.errors import ConfigError, GeometryError, UnsupportedModelError
 from cachegen.hf.capture import token_rows
 from cachegen.hf.models import (
@@ -291,7 +291,7 @@ def _gather(
     """Copy the tokens [begin, end) of one layer into a new (1, H, end - begin, D)."""
     geometry = chunks[0].geometry
     dim = geometry.plane_dim(is_value=is_value)
-    out = np.empty((geometry.kv_heads, end - begin, dim), dtype=geometry.dtype.numpy)
+    out = aligned_empty((geometry.kv_heads, end - begin, dim), geometry.dtype.numpy)
     covered, offset = begin, 0
     for chunk in chunks:
         layer = chunk.layers[index]

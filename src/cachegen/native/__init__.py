@@ -41,6 +41,7 @@ from cachegen.native.transform import (
     allow_tiles,
     can_transform,
     decode_transformed,
+    uses_tiles,
 )
 
 _BITS = {2: np.uint16, 4: np.uint32}
@@ -220,5 +221,6 @@ __all__ = [
     "select_isa",
     "stream_count",
     "threads",
+    "uses_tiles",
     "verify_segment",
 ]

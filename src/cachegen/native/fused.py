@@ -22,7 +22,7 @@ from cachegen.types import KVDtype, RopeSpec
 SKIPPED = np.iinfo(np.int64).min
 
 # Kinds of a pass, as the extension numbers them.
-RANS, BYTES, PACKED = 0, 1, 2
+RANS, BYTES, PACKED, SPARSE = 0, 1, 2, 3
 
 
 class PlaneTarget(NamedTuple):

@@ -19,7 +19,7 @@ from cachegen.types import KVDtype
 
 LANES = 32
 # Kinds of a coded pass, as the extension numbers them.
-RANS, BYTES, PACKED = 0, 1, 2
+RANS, BYTES, PACKED, SPARSE = 0, 1, 2, 3
 
 
 class PlaneSource(NamedTuple):

@@ -63,6 +63,12 @@ def can_transform(dtype: KVDtype) -> bool:
     return found
 
 
+def uses_tiles(dtype: KVDtype) -> bool:
+    """Return whether the matrix unit (AMX) multiplies for targets of a type."""
+    found: bool = _core.uses_tiles(dtype.label)
+    return found
+
+
 def allow_tiles(allowed: bool, /) -> bool:
     """Let the matrix unit (AMX) be used or not, and return what was so before.
 
