@@ -55,7 +55,7 @@ def chunk_of(
     interleaved: bool = False,
 ) -> KVChunk:
     """K and V whose channels have something in common; shape: (L, T, H, D)."""
-    layers, _, heads, dim = shape
+    layers, tokens, heads, dim = shape
     common = np.random.default_rng(7)
     rng = np.random.default_rng(seed)
     sources = rng.laplace(size=(tokens, 24))
