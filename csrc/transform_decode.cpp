@@ -110,7 +110,21 @@ public:
     void finish(const GroupValues& values, size_t first, size_t last) {
         const PackedBasis& basis = *values.group.basis;
         const PackedBasis::Cells& cells = basis.cells(kernel_.form);
-        expand(values, cells, basis.heads()[first]);
+        fill_scales(values, cells, basis.heads()[first]);
+        for (places_.first = 0; places_.first < values.shape.places(); places_.first = places_.last) {
+            places_.last = std::min<size_t>(places_.first + kPlaces, values.shape.places());
+            finish_places(values, cells, first, last);
+        }
+    }
+
+private:
+    // Places whose components are ready at a time: those of 256 tokens.
+    static constexpr size_t kPlaces = 8;
+
+    void finish_places(const GroupValues& values, const PackedBasis::Cells& cells, size_t first,
+                       size_t last) {
+        const PackedBasis& basis = *values.group.basis;
+        expand(values, basis.heads()[first]);
         size_t plane = 0, before = 0;
         for (size_t head = first; head < last; ++head) {
             while (head - before >= values.group.planes[plane].heads)
@@ -120,12 +134,11 @@ public:
         }
     }
 
-private:
-    // Makes all components of a block ready, place by place.
-    void expand(const GroupValues& values, const PackedBasis::Cells& cells,
-                const BasisHead& head) {
+    // What turns values into components, for the slots of a block.
+    void fill_scales(const GroupValues& values, const PackedBasis::Cells& cells,
+                     const BasisHead& head) {
         const FusedGroup& from = values.group.decoded;
-        const size_t slots = head.blocks * kSlotBlock, places = values.shape.places();
+        const size_t slots = head.blocks * kSlotBlock;
         scales_.resize(slots);
         tables_.resize(slots);
         components_.resize(slots);
@@ -143,6 +156,12 @@ private:
                           from.late_offset[scale_class] * gain};
         }
         kernel_.fill_tables(scales_.data(), slots, from.key_scaling.late_below, tables_.data());
+    }
+
+    // Makes all components of a block ready, place by place.
+    void expand(const GroupValues& values, const BasisHead& head) {
+        const int late_below = values.group.decoded.key_scaling.late_below;
+        const size_t places = places_.last - places_.first;
         expanded_.reserve(places * head.blocks * kExpandedBytes);
         active_.resize(places * head.blocks);
         counts_.assign(places, 0);
@@ -150,8 +169,8 @@ private:
             for (size_t block = 0; block < head.blocks; ++block) {
                 const size_t slot = block * kSlotBlock;
                 const bool is_active = kernel_.expand(
-                    {values.rows(place), components_.data() + slot, scales_.data() + slot,
-                     tables_.data() + slot, from.key_scaling.late_below,
+                    {values.rows(places_.first + place), components_.data() + slot, scales_.data() + slot,
+                     tables_.data() + slot, late_below,
                      expanded_.data() + (place * head.blocks + block) * kExpandedBytes});
                 if (is_active)
                     active_[place * head.blocks + counts_[place]++] = static_cast<uint16_t>(block);
@@ -191,7 +210,7 @@ private:
         const BasisHead& head = basis.heads()[index];
         const PlaneTarget& plane = values.group.planes[plane_];
         const float factor = values.group.factors[plane_];
-        const size_t places = values.shape.places();
+        const size_t places = places_.last - places_.first;
         sums_.resize(head.channel_blocks() * kChannelBlock * kLanes);
         mean_.resize(head.dim);
         for (size_t d = 0; d < head.dim; ++d)
@@ -219,7 +238,7 @@ private:
             multiply.count = counts_[place];
             kernel_.multiply(multiply);
             for (unsigned lane = 0; lane < kLanes; ++lane) {
-                std::byte* const row = rows_[place * kLanes + lane];
+                std::byte* const row = rows_[(places_.first + place) * kLanes + lane];
                 rows[lane] = row ? row + static_cast<int64_t>(head_of_plane) * plane.head_stride
                                  : nullptr;
             }
@@ -227,7 +246,7 @@ private:
                 const RopeKind& kind = ropes_.kind(plane.rope);
                 finish.unit.half = kind.frequencies.size();
                 finish.unit.interleaved = kind.interleaved;
-                finish.unit.cos = ropes_.angles(plane, values.shape, place, angles_);
+                finish.unit.cos = ropes_.angles(plane, values.shape, places_.first + place, angles_);
                 finish.unit.sin = finish.unit.cos + finish.unit.half * kLanes;
             }
             kernel_.finish[static_cast<size_t>(work_.type)](finish);
@@ -237,6 +256,9 @@ private:
     const FusedDecode& work_;
     const RopeCache& ropes_;
     const ProductKernel& kernel_;
+    struct {
+        size_t first, last;
+    } places_{};
     size_t plane_ = 0;
     const PlaneTarget* entered_ = nullptr;
     std::vector<std::byte*> rows_;  // of the tokens of a plane, head 0; in the order of elements
