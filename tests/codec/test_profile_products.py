@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -269,3 +271,38 @@ def test_classes_of_all_groups_are_those_of_each() -> None:
         offsets = rng.integers(-70, 70, len(bases)).tolist()
         for part, basis, offset in zip(classes.of(step, offsets), bases, offsets, strict=True):
             np.testing.assert_array_equal(part, reference.profile_classes(basis, step, offset))
+
+
+MEMORY = """
+import ctypes
+from cachegen.bench.speed_data import SpeedGeometry
+from cachegen.bench.speed_profile import profile_case
+from cachegen.chunk import KVChunk
+from cachegen.codec.progressive import ProgressiveCodec
+from cachegen.codec.registry import decode
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if "VmHWM" in line)
+
+case = profile_case(SpeedGeometry("small", 2, 4, 128, 10_000.0), "joint")
+codec = ProgressiveCodec(profile=case.profile)
+data = codec.encode(case.chunk)
+out = KVChunk.from_array(case.chunk.to_array().copy(), rope=case.chunk.rope)
+first = case.chunk.to_array()[:, :, :40].copy()
+# Packs the basis.
+decode(codec.encode(KVChunk.from_array(first, rope=case.chunk.rope)), profile=case.profile)
+ctypes.CDLL(None).malloc_trim(0)  # what preparations left would hide it
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+decode(data, out=out, profile=case.profile)
+print((peak() - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_extra_memory_is_bounded() -> None:
+    """Beyond the packed basis, which a process has once."""
+    if not native.can_transform(KVDtype.BFLOAT16):
+        pytest.skip("no AVX-512")
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(run.stdout) <= 4 << 20
