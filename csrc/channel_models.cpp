@@ -73,26 +73,40 @@ void normalize_counts(std::span<const uint32_t> counts, size_t alphabet,
     }
 }
 
-void fit_classes(std::span<const uint32_t> counts, std::span<const double> costs, size_t classes,
+void fit_classes(std::span<const uint32_t> counts, std::span<const int16_t> costs, size_t classes,
                  uint8_t* chosen, uint8_t* rotations) {
+    // Sums of so many counts times costs fit 32 bits, and counts the 16 bits of the kernel.
+    constexpr uint64_t kMostTokens = 32767;
     const SymbolRows& rows = kernels().symbol_rows;
     for (size_t begin = 0; begin < counts.size(); begin += kValues, ++chosen, ++rotations) {
         const uint32_t* const row = &counts[begin];
         uint64_t total = 0, sum = 0;
         for (size_t v = 0; v < kValues; ++v) total += row[v], sum += v * row[v];
         const double mean = static_cast<double>(sum) / static_cast<double>(std::max<uint64_t>(total, 1));
-        double best = std::numeric_limits<double>::infinity();
+        uint64_t best = std::numeric_limits<uint64_t>::max();
+        const auto take = [&](const auto* bits, uint64_t least, size_t rotation) {
+            if (least >= best) return;
+            best = least;
+            *chosen = static_cast<uint8_t>(std::find(bits, bits + classes, least) - bits);
+            *rotations = static_cast<uint8_t>(rotation);
+        };
         for (const int step : {0, -1, 1}) {
             const auto rotation =
                 static_cast<size_t>(static_cast<int>(std::nearbyint(mean)) + step - kCentre) % kValues;
-            double rotated[kValues], bits[kMostClasses];
-            for (size_t v = 0; v < kValues; ++v) rotated[v] = row[(v + rotation) % kValues];
-            rows.class_bits(rotated, costs.data(), classes, bits);
-            const double* const least = std::min_element(bits, bits + classes);
-            if (*least >= best) continue;
-            best = *least;
-            *chosen = static_cast<uint8_t>(least - bits);
-            *rotations = static_cast<uint8_t>(rotation);
+            if (total <= kMostTokens) {
+                uint16_t rotated[kValues];
+                for (size_t v = 0; v < kValues; ++v)
+                    rotated[v] = static_cast<uint16_t>(row[(v + rotation) % kValues]);
+                uint32_t bits[kMostClasses];
+                take(bits, rows.class_bits(rotated, costs.data(), classes, bits), rotation);
+                continue;
+            }
+            uint64_t bits[kMostClasses] = {};
+            for (size_t v = 0; v < kValues; ++v)
+                for (size_t c = 0; c < classes; ++c)
+                    bits[c] += row[(v + rotation) % kValues] *
+                               static_cast<uint64_t>(costs[2 * (v / 2 * classes + c) + v % 2]);
+            take(bits, *std::min_element(bits, bits + classes), rotation);
         }
     }
 }

@@ -22,8 +22,9 @@ void normalize_counts(std::span<const uint32_t> counts, size_t alphabet,
                       std::span<const double> bits_saved, uint16_t* freqs);
 
 // Chooses for each channel the frozen table and the rotation with the shortest code.
-// counts: channels * 32. costs: a row of `classes` (up to 128) bits for each of 32 values.
-void fit_classes(std::span<const uint32_t> counts, std::span<const double> costs, size_t classes,
+// counts: channels * 32. costs: in 1/1024 bit, (16, classes, 2) for pairs of 32 values and up to 128
+// classes.
+void fit_classes(std::span<const uint32_t> counts, std::span<const int16_t> costs, size_t classes,
                  uint8_t* chosen, uint8_t* rotations);
 
 }  // namespace cachegen

@@ -229,8 +229,8 @@ void encode_steps_avx2(const StepsJob& job) {
     }
 }
 
-void count_channel_avx2(const uint16_t* codes, const uint8_t* symbols, size_t places,
-                        size_t stride, unsigned refinements, uint32_t* counts) {
+void count_channel_avx2(const uint16_t* codes, const uint8_t* symbols, const uint8_t*,
+                        size_t places, size_t stride, unsigned refinements, uint32_t* counts) {
     std::fill_n(counts, kMaxCounts, 0u);
     for (size_t place = 0; place < places; ++place) {
         const __m256i first = load(codes + place * stride);

@@ -6,8 +6,8 @@
 namespace cachegen {
 
 void encode_steps_avx2(const StepsJob& job);
-void count_channel_avx2(const uint16_t* codes, const uint8_t* symbols, size_t places,
-                        size_t stride, unsigned refinements, uint32_t* counts);
+void count_channel_avx2(const uint16_t* codes, const uint8_t* symbols, const uint8_t* tally,
+                        size_t places, size_t stride, unsigned refinements, uint32_t* counts);
 unsigned code_lengths_avx2(const uint16_t* counts, const int16_t* costs, size_t size,
                            uint32_t* lengths);
 

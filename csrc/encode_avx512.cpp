@@ -1,4 +1,4 @@
-// Tiles, counts and code lengths of the `progressive` encoder for AVX-512.
+// Tiles and code lengths of the `progressive` encoder for AVX-512.
 #include "encode_avx512.h"
 
 #include <immintrin.h>
@@ -7,12 +7,8 @@
 #include <bit>
 #include <cstring>
 
-#include "count_coarse_avx2.h"
-
 namespace cachegen {
 namespace {
-
-inline uint32_t bits_in(__mmask32 mask) { return static_cast<uint32_t>(std::popcount(mask)); }
 
 // 32 rows of 32 elements of 16 bits, rows and columns exchanged: interleaving row i with row i + 4
 // rotates the address of an element (docs/entropy-coding.md, "From steps to rows"), three times for
@@ -77,41 +73,6 @@ void read_tile_avx512(const std::byte* const* memory, size_t count, float* rows)
 
 template void read_tile_avx512<KVType::Float16>(const std::byte* const*, size_t, float*);
 template void read_tile_avx512<KVType::BFloat16>(const std::byte* const*, size_t, float*);
-
-void count_channel_avx512(const uint16_t* codes, const uint8_t* symbols, size_t places,
-                          size_t stride, unsigned refinements, uint32_t* counts) {
-    std::fill_n(counts, kMaxCounts, 0u);
-    // Per refinement: digits 1 and 2, with context 1 and in all.
-    uint32_t ones[kMaxRefinements] = {}, twos[kMaxRefinements] = {};
-    uint32_t seen_ones[kMaxRefinements] = {}, seen_twos[kMaxRefinements] = {};
-    uint32_t seen[kMaxRefinements] = {};
-    for (size_t place = 0; place < places; ++place) {
-        const __m512i code = _mm512_loadu_si512(codes + place * stride);
-        for (unsigned pass = 0; pass < refinements; ++pass) {
-            const auto bit = [&](int which) {
-                return _mm512_test_epi16_mask(
-                    code, _mm512_set1_epi16(static_cast<short>(which << (3 * pass))));
-            };
-            const __mmask32 one = bit(1), two = bit(2), context = bit(4);
-            ones[pass] += bits_in(one);
-            twos[pass] += bits_in(two);
-            seen[pass] += bits_in(context);
-            seen_ones[pass] += bits_in(one & context);
-            seen_twos[pass] += bits_in(two & context);
-        }
-    }
-    const auto all = static_cast<uint32_t>(places * kLanes);
-    count_coarse(symbols, places, stride, counts);
-    for (unsigned pass = 0; pass < refinements; ++pass) {
-        uint32_t* const of = counts + kCoarseCounts + kRefineCounts * pass;
-        of[1] = ones[pass] - seen_ones[pass];
-        of[2] = twos[pass] - seen_twos[pass];
-        of[0] = all - seen[pass] - of[1] - of[2];
-        of[4] = seen_ones[pass];
-        of[5] = seen_twos[pass];
-        of[3] = seen[pass] - of[4] - of[5];
-    }
-}
 
 unsigned code_lengths_avx512(const uint16_t* counts, const int16_t* costs, size_t size,
                              uint32_t* lengths) {

@@ -34,6 +34,9 @@ inline constexpr unsigned kBins(unsigned refinements) {
 }
 inline constexpr unsigned kMaxBins = kBins(kMaxRefinements);
 
+// What a backend may count while it makes digits, in a form of its own; of so many places at most.
+inline constexpr size_t kTally = 64, kTallyPlaces = 31;
+
 // Rows of floats to digits. A code has 3 bits for each refinement, the first one lowest: 4 for a
 // value that was significant before, plus the digit. A symbol is that of pass 0.
 struct QuantizeJob {
@@ -47,6 +50,7 @@ struct QuantizeJob {
     uint8_t* symbols;
     uint16_t* bins;  // of the error histograms, or null
     float* largest;  // a row: grows to the largest magnitude
+    uint8_t* tallies = nullptr;  // kTally for each row: grow, where LadderEncodeRows::tallies; or null
 };
 
 // A model of pass 0 as the encoder needs it: the parts of the slots as in InverseTable, those that
@@ -57,7 +61,8 @@ struct alignas(64) CoarseEncodeTable {
     float reciprocal[32];
 };
 // Both contexts of a model of a later pass, entry 4 * context + digit. The slot of a rank is
-// rank + base, + more[0] from bound[0] on, + more[1] from bound[1] on, modulo 2^16.
+// rank + base, + more[0] from bound[0] on, + more[1] from bound[1] on, modulo 2^16. Entries repeat,
+// so that it does not matter what is above the three bits of an index.
 struct alignas(64) RefineEncodeTable {
     uint16_t freq[32], base[32], bound[2][32], more[2][32];
     float reciprocal[16];
@@ -96,9 +101,10 @@ struct LadderEncodeRows {
                         const uint32_t* keep, float* sums, float* norms, uint32_t* largest);
     void (*quantize_rows[kMaxPasses])(const QuantizeJob& job);
     // Counts of one channel: kMaxCounts numbers, those of pass 0 first. Its rows are `stride`
-    // elements apart.
-    void (*count_channel)(const uint16_t* codes, const uint8_t* symbols, size_t places,
-                          size_t stride, unsigned refinements, uint32_t* counts);
+    // elements apart. tally: what quantize_rows counted of it, or null.
+    void (*count_channel)(const uint16_t* codes, const uint8_t* symbols, const uint8_t* tally,
+                          size_t places, size_t stride, unsigned refinements, uint32_t* counts);
+    bool tallies[kMaxPasses];  // whether quantize_rows with so many refinements counts
     // lengths[way] = sum of counts * costs, below 2^32; costs are rows of pairs: [n / 2][way][2].
     // Returns the first way with the least length.
     unsigned (*code_lengths)(const uint16_t* counts, const int16_t* costs, size_t size,

@@ -155,8 +155,8 @@ void quantize_rows(const QuantizeJob& job) {
     std::memcpy(job.largest, largest, sizeof largest);
 }
 
-void count_channel(const uint16_t* codes, const uint8_t* symbols, size_t places, size_t stride,
-                   unsigned refinements, uint32_t* counts) {
+void count_channel(const uint16_t* codes, const uint8_t* symbols, const uint8_t*, size_t places,
+                   size_t stride, unsigned refinements, uint32_t* counts) {
     std::fill_n(counts, kMaxCounts, 0u);
     for (size_t place = 0; place < places; ++place, codes += stride, symbols += stride) {
         for (unsigned e = 0; e < kLanes; ++e) {
@@ -189,6 +189,7 @@ constexpr LadderEncodeRows encode_rows() {
             .quantize_rows = {quantize_rows<0>, quantize_rows<1>, quantize_rows<2>,
                               quantize_rows<3>, quantize_rows<4>, quantize_rows<5>},
             .count_channel = count_channel,
+            .tallies = {},
             .code_lengths = code_lengths,
             .encode_steps = encode_steps,
             .order_statistics = order_statistics};

@@ -2,6 +2,7 @@
 // side, so that their chains of dependent instructions overlap. docs/fused-encode.md derives it.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "encode_avx512.h"
@@ -59,27 +60,28 @@ struct Divisor {
 };
 
 // Moves words out where the state has no room for the symbol, leaves the quotient in `x`, low half
-// and the upper 4 of 20 bits, and returns the rank.
+// and the upper 4 of 20 bits with anything above them, and returns the rank.
 [[gnu::always_inline]] inline __m512i divide(States& x, const Divisor& by, __mmask32 active,
                                              uint16_t*& out) {
-    // x >= freq << 20; a frequency of 4096 wraps to the largest limit, as it should.
-    const __m512i limit = _mm512_sub_epi16(_mm512_slli_epi16(by.freq, 4), words(1));
-    const __mmask32 spills = _mm512_mask_cmpgt_epu16_mask(active, x.high, limit);
+    // x >= freq << 20; no frequency is 4096, so 16 times one fits.
+    const __mmask32 spills =
+        _mm512_mask_cmpge_epu16_mask(active, x.high, _mm512_slli_epi16(by.freq, 4));
     // The words behind those of this step are overwritten by those of the next one.
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(spills, x.low));
     out += count_bits(spills);
     const __m512i low = _mm512_mask_mov_epi16(x.low, spills, x.high);
     const __m512i high = _mm512_mask_sub_epi16(x.high, spills, x.high, x.high);
 
-    // The product, cut to an integer, is the quotient or one less (kReciprocalFactor).
+    // The product (kReciprocalFactor) less a half, rounded, is the quotient or one less; at 2^23
+    // the unit of a float is 1, so it stands in the low bits of the sum.
     const Wide state = join(low, high);
     const auto quotient_of = [](__m512i state, __m512 reciprocal) {
-        return _mm512_cvttps_epu32(_mm512_mul_ps(_mm512_cvtepu32_ps(state), reciprocal));
+        return _mm512_castps_si512(_mm512_fmadd_ps(_mm512_cvtepu32_ps(state), reciprocal,
+                                                   _mm512_set1_ps(0x1p23f - 0.5f)));
     };
     const Wide quotient{quotient_of(state.even, by.even), quotient_of(state.odd, by.odd)};
     const __m512i quotient_low = low_halves(quotient), quotient_high = high_halves(quotient);
-    const __m512i rank =
-        _mm512_sub_epi16(low, _mm512_mullo_epi16(quotient_low, by.freq));
+    const __m512i rank = _mm512_sub_epi16(low, _mm512_mullo_epi16(quotient_low, by.freq));
     const __mmask32 one_less = _mm512_cmpge_epu16_mask(rank, by.freq);
     x.low = _mm512_mask_add_epi16(quotient_low, one_less, quotient_low, words(1));
     const __mmask32 carry = _mm512_mask_testn_epi16_mask(one_less, x.low, x.low);
@@ -107,13 +109,19 @@ template <unsigned kRounds>
                      reciprocal(_mm512_srli_epi32(symbol, 16))};
     const __m512i first = _mm512_permutexvar_epi16(symbol, load(table.first));
     const __m512i position = _mm512_add_epi16(first, divide(x, by, active, out));
+    // Of 64 entries the upper half is for positions from begin[32] on: two look-ups, the second
+    // under a mask, cost less than one in both halves.
+    __mmask32 upper = 0;
+    if constexpr (kRounds == 6)
+        upper = _mm512_cmpge_epu16_mask(position, words(table.begin[32]));
     const auto entries = [&](const uint16_t* of, __m512i index) {
-        if constexpr (kRounds < 6) return _mm512_permutexvar_epi16(index, load(of));
-        return _mm512_permutex2var_epi16(load(of), index, load(of + 32));
+        const __m512i lower = _mm512_permutexvar_epi16(index, load(of));
+        if constexpr (kRounds < 6) return lower;
+        return _mm512_mask_permutexvar_epi16(lower, upper, index, load(of + 32));
     };
     __m512i part = _mm512_setzero_si512();
-#pragma GCC unroll 6
-    for (int half = 1 << (kRounds - 1); half; half /= 2) {
+#pragma GCC unroll 5
+    for (int half = 1 << (std::min(kRounds, 5u) - 1); half; half /= 2) {
         const __m512i middle = _mm512_add_epi16(part, words(half));
         const __mmask32 beyond = _mm512_cmple_epu16_mask(entries(table.begin, middle), position);
         part = _mm512_mask_mov_epi16(part, beyond, middle);
@@ -121,6 +129,7 @@ template <unsigned kRounds>
     place(x, _mm512_add_epi16(position, entries(table.shift, part)));
 }
 
+// entry: only its low three bits count.
 [[gnu::always_inline]] inline void encode_refined(States& x, __m512i entry,
                                                   const RefineEncodeTable& table,
                                                   __mmask32 active, uint16_t*& out) {
@@ -156,8 +165,7 @@ void encode_all(const StepsJob& job) {
         const __m512i code = _mm512_loadu_si512(job.codes + step * kLanes);
 #pragma GCC unroll 5
         for (unsigned pass = 1; pass <= kRefinements; ++pass) {
-            const __m512i entry =
-                _mm512_and_si512(_mm512_srli_epi16(code, 3 * (pass - 1)), words(7));
+            const __m512i entry = _mm512_srli_epi16(code, 3 * (pass - 1));
             encode_refined(states[pass], entry, job.refine[models[pass][step]], active, out[pass]);
         }
     }

@@ -30,6 +30,19 @@ uint8_t rounds_for(const CoarseEncodeTable& table, unsigned runs) {
     return runs <= 8 && few_symbols ? 3 : runs <= 32 ? 5 : 6;
 }
 
+void repeat_entries(RefineEncodeTable& table) {
+    const auto repeat = [](auto& entries) {
+        for (size_t i = 8; i < std::size(entries); ++i) entries[i] = entries[i % 8];
+    };
+    repeat(table.freq);
+    repeat(table.base);
+    for (unsigned i = 0; i < 2; ++i) {
+        repeat(table.bound[i]);
+        repeat(table.more[i]);
+    }
+    repeat(table.reciprocal);
+}
+
 // One context of a model. A symbol has at most three runs: it can have a part in each of the four
 // buckets, but the last bucket is nobody's own, so what it holds continues the end of the third.
 void fill_context(const InverseTable& from, RefineEncodeTable& table, unsigned context) {
@@ -58,7 +71,8 @@ void fill_context(const InverseTable& from, RefineEncodeTable& table, unsigned c
 
 EncodeTables::EncodeTables(const Tables& coarse, const Tables& refine)
     : coarse_(coarse.count()), refine_(coarse.count()) {
-    if (coarse.buckets() != 32 || refine.alphabet() != 3 || refine.count() != 2 * coarse.count())
+    if (coarse.buckets() != 32 || refine.alphabet() != 3 || refine.count() != 2 * coarse.count() ||
+        coarse.any_certain() || refine.any_certain())
         throw Error(ErrorKind::Config, "tables of the ladder", "others", "frozen ones");
     const InverseTable* const inverse = coarse.inverse(32);
     const InverseTable* const contexts = refine.inverse(kContextBuckets);
@@ -77,7 +91,7 @@ EncodeTables::EncodeTables(const Tables& coarse, const Tables& refine)
         refine_[row] = {};
         for (unsigned context = 0; context < 2; ++context)
             fill_context(contexts[2 * row + context], refine_[row], context);
-        std::copy_n(refine_[row].reciprocal, 8, refine_[row].reciprocal + 8);
+        repeat_entries(refine_[row]);
     }
 }
 

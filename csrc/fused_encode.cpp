@@ -37,6 +37,9 @@ private:
         digits_.codes.resize(places * channels * kLanes);
         digits_.symbols.resize(places * channels * kLanes);
         digits_.bins.resize(ceil_div(places, kErrorPlaces) * channels * kLanes);
+        const bool tallies =
+            kernels().encode_rows.tallies[passes_ - 1] && places <= kTallyPlaces;
+        digits_.tallies.assign(tallies ? channels * kTally : 0, 0);
         mean_.resize(channels);
         for (size_t c = 0; c < channels; ++c)
             mean_[c] = group.mean_levels.empty()
@@ -47,6 +50,7 @@ private:
             return;
         }
         const UnitReader reader(group);
+        reader.prefetch();
         rows_.resize(reader.widest() * kLanes);
         size_t channel = 0;
         for (const EncodePlane& plane : group.planes)
@@ -79,7 +83,8 @@ private:
             {rows, count, weight, &mean_[channel], inverse_, &keep_[place * kLanes],
              &digits_.codes[at], &digits_.symbols[at],
              place % kErrorPlaces ? nullptr : &digits_.bins[measured],
-             &largest_[place * kLanes]});
+             &largest_[place * kLanes],
+             digits_.tallies.empty() ? nullptr : &digits_.tallies[channel * kTally]});
     }
 
     bool find_beyond(EncodeGroup& group) {

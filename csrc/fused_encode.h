@@ -105,11 +105,14 @@ class UnitReader {
 public:
     explicit UnitReader(const EncodeGroup& group);
     void read(const EncodePlane& plane, size_t head, size_t place, float* rows) const;
+    // Asks for the group before it is read.
+    void prefetch() const;
     size_t widest() const { return widest_; }
 
 private:
     TokenRows tokens_;
     uint64_t held_;
+    std::span<const EncodePlane> planes_;
     size_t widest_ = 0;
     std::vector<std::byte> nothing_;  // what idle lanes read
 };
@@ -120,11 +123,14 @@ void survey_group(EncodeGroup& group);
 struct GroupDigits {
     AlignedVector<uint16_t> codes;
     AlignedVector<uint8_t> symbols;
+    AlignedVector<uint8_t> tallies;  // of the channels, see QuantizeJob; or none
     AlignedVector<uint16_t> bins;  // of every kErrorPlaces-th place
+    // Of each channel the largest magnitude of pass 0, 16 for all from there on: by fit_group.
+    std::vector<uint8_t> most;
 };
 
 // Chooses the classes of a group and measures errors.
-void fit_group(EncodeGroup& group, const GroupDigits& digits, const EncodeSettings& settings);
+void fit_group(EncodeGroup& group, GroupDigits& digits, const EncodeSettings& settings);
 
 // Codes all passes; its buffers serve one group after the other. Symbols beyond an escape index are
 // replaced by it.

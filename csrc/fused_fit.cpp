@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <bit>
 #include <limits>
+#include <numeric>
+#include <utility>
 
 #include "dispatch.h"
 #include "fused_encode.h"
@@ -11,6 +13,7 @@ namespace {
 
 constexpr int kClassCount = 64, kOffsetSteps = 12;
 constexpr unsigned kZeroBin = 2;  // of a value that is 0: 4 * (0 + 1/2)
+constexpr unsigned kApart = 4;
 constexpr double kLateArea = 1.2 * 1.2;
 
 // Sums over values of their places in cells, in quarters of the finest one.
@@ -32,7 +35,7 @@ struct Moments {
 
 class GroupFit {
 public:
-    GroupFit(EncodeGroup& group, const GroupDigits& digits, const EncodeSettings& settings)
+    GroupFit(EncodeGroup& group, GroupDigits& digits, const EncodeSettings& settings)
         : group_(group),
           digits_(digits),
           settings_(settings),
@@ -43,18 +46,24 @@ public:
 
     void run() {
         group_.classes.assign(channels_, 0);
+        digits_.most.assign(channels_, 0);
         choose_classes();
         measure_errors();
     }
 
 private:
     // Counts of 15 bits: those of longer chunks lose their low bits.
-    void count(size_t channel, uint16_t* counts) const {
+    void count(size_t channel, uint16_t* counts) {
         uint32_t all[kMaxCounts];
         const size_t at = channel * kLanes;
+        const uint8_t* const tally =
+            digits_.tallies.empty() ? nullptr : &digits_.tallies[channel * kTally];
         kernels().encode_rows.count_channel(digits_.codes.data() + at,
-                                            digits_.symbols.data() + at, places_,
+                                            digits_.symbols.data() + at, tally, places_,
                                             channels_ * kLanes, refinements_, all);
+        unsigned most = kCoarseCounts - 2;
+        while (most && !all[most]) --most;
+        digits_.most[channel] = static_cast<uint8_t>(most);
         const uint64_t tokens = group_.shape.tokens;
         const auto idle = static_cast<uint32_t>(places_ * kLanes - tokens);
         all[0] -= idle;
@@ -95,6 +104,8 @@ private:
     std::vector<uint32_t> histograms(size_t& measured) const {
         const unsigned bins = kBins(refinements_);
         std::vector<uint32_t> all(kClassCount * bins);
+        // Neighbours often are in one bin: counted apart, so that they do not wait for each other.
+        std::vector<uint32_t> apart(kApart * bins);
         const TokenRows tokens(group_.shape);
         const auto keep = tokens.keep(group_.exempt);
         measured = 0;
@@ -103,15 +114,29 @@ private:
                                                        &keep[place * kLanes] + kLanes,
                                                        ~uint32_t{0}));
         const size_t rows = ceil_div(places_, kErrorPlaces);
-        for (size_t c = 0; c < channels_; ++c) {
-            uint32_t* const of = &all[group_.classes[c] % kClassCount * bins];
-            for (size_t row = 0; row < rows; ++row) {
-                const uint16_t* const bin = &digits_.bins[(row * channels_ + c) * kLanes];
-                for (unsigned e = 0; e < kLanes; ++e) ++of[bin[e]];
-            }
-            of[kZeroBin] -= static_cast<uint32_t>(rows * kLanes - measured);
+        const auto class_of = [&](size_t c) { return group_.classes[c] % kClassCount; };
+        std::vector<size_t> order(channels_), ends(kClassCount + 1);  // of channels by class
+        for (size_t c = 0; c < channels_; ++c) ++ends[static_cast<size_t>(class_of(c)) + 1];
+        std::partial_sum(ends.begin(), ends.end(), ends.begin());
+        for (size_t c = 0; c < channels_; ++c) order[ends[static_cast<size_t>(class_of(c))]++] = c;
+        for (size_t first = 0, end; first < channels_; first = end) {
+            const int k = class_of(order[first]);
+            for (end = first; end < channels_ && class_of(order[end]) == k; ++end)
+                for (size_t row = 0; row < rows; ++row)
+                    add_row(&digits_.bins[(row * channels_ + order[end]) * kLanes], apart.data());
+            uint32_t* const of = &all[static_cast<size_t>(k) * bins];
+            for (unsigned way = 0; way < kApart; ++way)
+                for (unsigned bin = 0; bin < bins; ++bin)
+                    of[bin] += std::exchange(apart[way * bins + bin], 0);
+            of[kZeroBin] -= static_cast<uint32_t>((end - first) * (rows * kLanes - measured));
         }
         return all;
+    }
+
+    void add_row(const uint16_t* row, uint32_t* apart) const {
+        const unsigned bins = kBins(refinements_);
+        for (unsigned e = 0; e < kLanes; e += kApart)
+            for (unsigned way = 0; way < kApart; ++way) ++apart[way * bins + row[e + way]];
     }
 
     void measure_errors() {
@@ -153,7 +178,7 @@ private:
     }
 
     EncodeGroup& group_;
-    const GroupDigits& digits_;
+    GroupDigits& digits_;
     const EncodeSettings& settings_;
     unsigned refinements_;
     size_t channels_, places_;
@@ -162,7 +187,7 @@ private:
 
 }  // namespace
 
-void fit_group(EncodeGroup& group, const GroupDigits& digits, const EncodeSettings& settings) {
+void fit_group(EncodeGroup& group, GroupDigits& digits, const EncodeSettings& settings) {
     GroupFit(group, digits, settings).run();
 }
 

@@ -11,7 +11,7 @@ namespace cachegen {
 namespace {
 
 constexpr int kClassesPerFactor3 = 6, kLowestRow = -24, kTableRowCount = 88, kClassCount = 64;
-constexpr size_t kStepsAtOnce = 64;
+constexpr size_t kStepsAtOnce = 32;
 
 }  // namespace
 
@@ -60,6 +60,17 @@ private:
         std::memcpy(body.data() + at, &low, sizeof low);
     }
 
+    static void copy_reversed(const uint16_t* words, size_t count, uint8_t* out) {
+        constexpr size_t kAtOnce = 64;  // in a loop that compilers vectorise
+        uint16_t turned[kAtOnce];
+        for (; count >= kAtOnce; count -= kAtOnce, out += sizeof turned) {
+            for (size_t i = 0; i < kAtOnce; ++i) turned[i] = words[count - 1 - i];
+            std::memcpy(out, turned, sizeof turned);
+        }
+        for (; count > 0; --count, out += sizeof words[0])
+            std::memcpy(out, &words[count - 1], sizeof words[0]);
+    }
+
     static void append(std::vector<uint8_t>& body, const void* data, size_t size) {
         const auto* bytes = static_cast<const uint8_t*>(data);
         body.insert(body.end(), bytes, bytes + size);
@@ -97,20 +108,24 @@ private:
 
     // In the order of a stream: places, channels, lanes.
     void set_escapes_apart() {
-        for (uint64_t step = 0; step < shape_.steps(); ++step) {
-            const uint8_t escape =
-                settings_.tables.escape(models_[0][step % shape_.channels]);
-            uint8_t* const symbols = &digits_.symbols[step * kLanes];
-            uint8_t largest = 0;
-            for (unsigned e = 0; e < kLanes; ++e) largest = std::max(largest, symbols[e]);
-            if (largest < escape) continue;
-            for (unsigned e = kLanes; e-- > 0;) {
-                if (symbols[e] < escape) continue;
-                escapes_[step / kPassStreamSteps].push_back(
-                    static_cast<uint8_t>(symbols[e] - escape));
-                symbols[e] = escape;
-            }
+        std::vector<size_t> some;  // channels that may have any
+        for (size_t c = 0; c < shape_.channels; ++c) {
+            const unsigned most = digits_.most[c];
+            if (most == kCoarseCounts - 2 || 2 * most >= settings_.tables.escape(models_[0][c]))
+                some.push_back(c);
         }
+        for (uint64_t place = 0; place < shape_.places(); ++place)
+            for (const size_t channel : some) {
+                const uint64_t step = place * shape_.channels + channel;
+                const uint8_t escape = settings_.tables.escape(models_[0][channel]);
+                uint8_t* const symbols = &digits_.symbols[step * kLanes];
+                for (unsigned e = kLanes; e-- > 0;) {
+                    if (symbols[e] < escape) continue;
+                    escapes_[step / kPassStreamSteps].push_back(
+                        static_cast<uint8_t>(symbols[e] - escape));
+                    symbols[e] = escape;
+                }
+            }
     }
 
     void encode_stream(uint64_t index) {
@@ -156,8 +171,7 @@ private:
         const auto count = static_cast<size_t>(run.words - words);
         const size_t at = body.size();
         body.resize(at + 2 * count);
-        for (size_t i = 0; i < count; ++i)
-            std::memcpy(&body[at + 2 * i], &words[count - 1 - i], sizeof words[0]);
+        copy_reversed(words, count, body.data() + at);
         if (pass == 0) append(body, escapes_[index].data(), escapes_[index].size());
         put_u32(body, 8 + 8 * index, pass == 0 ? escapes_[index].size() : 0);
         put_u32(body, 4 + 8 * index, count);

@@ -36,7 +36,8 @@ inline constexpr int16_t kLookup[32] = {0,   1,   2,   3,   4,   5,   6,  7,  8,
 // One head at one place: `size` rows of kLanes values to one row of `size` floats for each lane.
 struct UnitJob {
     const int16_t* values;
-    bool is_blank;  // they are all 0
+    bool is_blank;   // they are all 0
+    bool is_sparse;  // nearly all of them are
     size_t size;
     Scaling scaling;
     const float *early_offset, *late_offset, *mean;  // one per row
@@ -44,6 +45,7 @@ struct UnitJob {
     size_t half;
     bool interleaved;        // pairs are neighbours, else `half` rows apart
     const void* lookup;      // one row per row of values, or null; see kLookup
+    const uint16_t* mean_bits;  // `mean` as elements of 16 bits, if is_sparse and there is no RoPE
     std::byte* const* rows;  // where the head of each lane's token goes; null: nowhere
     void* scratch;           // size rounded up to 64 rows of kLanes elements, aligned to 64 bytes
 };

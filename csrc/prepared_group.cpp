@@ -37,7 +37,10 @@ PreparedGroup::PreparedGroup(const FusedDecode& work, const FusedGroup& source,
     find_boundaries();
     if (group.coefficients) return;
     store_exempt(work);
-    fill_lookup(work, kernel);
+    if (is_sparse() && work.type != KVType::Float32)
+        fill_mean_bits(work);
+    else
+        fill_lookup(work, kernel);
 }
 
 UnitJob PreparedGroup::job_of(const Unit& unit) const {
@@ -49,6 +52,7 @@ UnitJob PreparedGroup::job_of(const Unit& unit) const {
     job.late_offset = late_offset.data() + unit.begin;
     job.mean = mean.data() + unit.begin;
     if (lookup) job.lookup = lookup.get() + unit.lookup;
+    if (!mean_bits.empty() && unit.has_bits) job.mean_bits = mean_bits.data() + unit.begin;
     return job;
 }
 
@@ -118,7 +122,8 @@ void PreparedGroup::fill_constants(const FusedDecode& work) {
         const uint8_t* const levels = group.side.mean.data();
         for (size_t c = unit.begin; c < unit.begin + unit.size; ++c)
             mean[c] = static_cast<float>(static_cast<int8_t>(levels[c])) * group.side.mean_scale *
-                      factor;
+                          factor +
+                      0.0f;  // never -0, as sums with it are none
     }
     for (unsigned j = 0; j < group.passes.size(); ++j) {
         uint16_t rows[kFamilies * kClasses];
@@ -136,11 +141,23 @@ void PreparedGroup::fill_constants(const FusedDecode& work) {
         is_exempt[group.side.exempt_token(i)] = true;
 }
 
+// Where RoPE turns values nothing is known before.
+void PreparedGroup::fill_mean_bits(const FusedDecode& work) {
+    mean_bits.resize(group.channels);
+    for (Unit& unit : units) {
+        unit.has_bits = !turns(work, group.planes[unit.plane]);
+        if (!unit.has_bits) continue;
+        const std::span values = std::span(mean).subspan(unit.begin, unit.size);
+        convert_row(KVType::Float32, std::as_bytes(values).data(), work.type,
+                    reinterpret_cast<std::byte*>(&mean_bits[unit.begin]), unit.size);
+    }
+}
+
 // A row of a lookup costs as much as a row of values, and serves every place.
 void PreparedGroup::fill_lookup(const FusedDecode& work, const Kernels& kernel) {
     constexpr uint64_t kFewestPlaces = 3;
     const auto fill = kernel.fill_lookup[static_cast<size_t>(work.type)];
-    if (!fill || shape.places() < kFewestPlaces || is_sparse()) return;
+    if (!fill || shape.places() < kFewestPlaces) return;
     size_t lines = 0;
     for (Unit& unit : units) {
         const bool wide =

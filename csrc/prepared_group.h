@@ -21,6 +21,7 @@ struct Unit {
     uint32_t begin, size;
     uint32_t plane, head;
     size_t lookup;  // where its rows begin in PreparedGroup::lookup
+    bool has_bits = false;  // in PreparedGroup::mean_bits
 };
 
 struct alignas(64) CacheLine {
@@ -36,6 +37,7 @@ struct PreparedGroup {
     std::vector<uint8_t> escapes;                    // of pass 0, one per channel
     std::vector<float> early_offset, late_offset, mean;
     std::unique_ptr<CacheLine[]> lookup;  // UnitJob::lookup of all units, or null
+    std::vector<uint16_t> mean_bits;      // UnitJob::mean_bits of all units, or empty
     std::vector<bool> is_exempt;  // by token, or empty
     std::vector<Unit> units;
     std::vector<uint32_t> unit_of;     // by channel
@@ -57,6 +59,7 @@ private:
     void find_units();
     void fill_constants(const FusedDecode& work);
     void fill_lookup(const FusedDecode& work, const Kernels& kernel);
+    void fill_mean_bits(const FusedDecode& work);
     void find_streams();
     void find_boundaries();
     void store_exempt(const FusedDecode& work) const;

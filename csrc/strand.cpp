@@ -239,6 +239,7 @@ void Strand::finish() {
     UnitJob job = group_->job_of(unit_);
     job.values = row(0);
     job.is_blank = is_blank_;
+    job.is_sparse = group_->is_sparse();
     if (turns(work_, plane)) add_rope(plane, job);
     job.rows = rows.data();
     job.scratch = scratch_.reserve(unit_.size, work_.type);

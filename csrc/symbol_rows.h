@@ -136,14 +136,51 @@ inline void count_symbols(const uint8_t* symbols, size_t stride, size_t tokens, 
     }
 }
 
-inline void class_bits(const double* counts, const double* costs, size_t classes,
-                       double* __restrict bits) {
-    std::fill_n(bits, classes, 0.0);
-    for (size_t value = 0; value < 32; ++value, costs += classes) {
-        const double count = counts[value];
-        if (count == 0) continue;
-        for (size_t c = 0; c < classes; ++c) bits[c] += count * costs[c];
+#if defined(__AVX2__)
+// So many registers of 8 classes each, from class `first` on. pairs: of counts.
+template <size_t kRegisters>
+inline void class_bits_of(const uint32_t* pairs, const int16_t* costs, size_t classes, size_t first,
+                          uint32_t* bits) {
+    __m256i sums[kRegisters];
+#pragma GCC unroll 8
+    for (__m256i& sum : sums) sum = _mm256_setzero_si256();
+    for (size_t pair = 0; pair < 16; ++pair) {
+        const __m256i times = _mm256_set1_epi32(static_cast<int>(pairs[pair]));
+        const int16_t* const row = costs + 2 * (pair * classes + first);
+#pragma GCC unroll 8
+        for (size_t i = 0; i < kRegisters; ++i)
+            sums[i] = _mm256_add_epi32(
+                sums[i], _mm256_madd_epi16(times, _mm256_loadu_si256(
+                                                      reinterpret_cast<const __m256i*>(row + 16 * i))));
     }
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kRegisters; ++i)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits + first + 8 * i), sums[i]);
+}
+#endif
+
+inline uint32_t class_bits(const uint16_t* counts, const int16_t* costs, size_t classes,
+                           uint32_t* __restrict bits) {
+    uint32_t pairs[16];  // of counts
+    std::memcpy(pairs, counts, sizeof pairs);
+    size_t c = 0;
+#if defined(__AVX2__)
+    for (; c + 56 <= classes; c += 56) class_bits_of<7>(pairs, costs, classes, c, bits);
+    for (; c + 8 <= classes; c += 8) class_bits_of<1>(pairs, costs, classes, c, bits);
+#endif
+    std::fill(bits + c, bits + classes, 0u);
+    for (size_t pair = 0; pair < 16; ++pair) {
+        const uint32_t first = counts[2 * pair], second = counts[2 * pair + 1];
+        if (!pairs[pair]) continue;
+        for (size_t at = c; at < classes; ++at) {
+            const int16_t* const both = costs + 2 * (pair * classes + at);
+            bits[at] += first * static_cast<uint32_t>(both[0]) +
+                        second * static_cast<uint32_t>(both[1]);
+        }
+    }
+    uint32_t least = bits[0];
+    for (size_t at = 0; at < classes; ++at) least = std::min(least, bits[at]);
+    return least;
 }
 
 // Past the caches, where whole lines go: nothing of the old contents is needed.

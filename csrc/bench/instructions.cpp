@@ -280,7 +280,7 @@ struct Work {
              reinterpret_cast<uint16_t*>(codes.at), out[0].at, nullptr, lanes.at});
         const auto* const code = reinterpret_cast<const uint16_t*>(codes.at);
         row("encode_count", kLanes, 1, [&](size_t places) {
-            rows.count_channel(code, out[0].at, places, kLanes, kRefinements, counts.data());
+            rows.count_channel(code, out[0].at, nullptr, places, kLanes, kRefinements, counts.data());
         });
         const std::vector<int16_t> costs(kMore * 2 * kWays, 3);
         const std::vector<uint16_t> ones(kMore * 2, 1);
@@ -321,8 +321,9 @@ struct Work {
                        counts.data());
         });
         constexpr size_t kClasses = 112, kValues = 32;
-        const std::vector<double> costs(kClasses * kValues, 1.5), some(kValues, 2.0);
-        std::vector<double> bits(kClasses);
+        const std::vector<int16_t> costs(kClasses * kValues, 1500);
+        const std::vector<uint16_t> some(kValues, 2);
+        std::vector<uint32_t> bits(kClasses);
         row("class_bits", kValues, 1, [&](size_t classes) {
             rows.class_bits(some.data(), costs.data(), classes, bits.data());
         });

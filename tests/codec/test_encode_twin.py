@@ -60,6 +60,9 @@ CASES = {
     "one_pass": ((1, 45, 2, 33), 0, 1, np.float16),
     "six_passes": ((1, 300, 2, 40), 20, 6, np.float32),
     "long": ((1, 700, 1, 40), 20, 5, ml_dtypes.bfloat16),
+    # More places than a byte can count bits of.
+    "longer": ((1, 1050, 1, 24), 0, 4, np.float16),
+    "two_passes": ((1, 256, 1, 40), 20, 2, np.float32),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,30 @@ def test_strided_caches() -> None:
     cache.write_layer(0, blocks, (4,))
     np.testing.assert_array_equal(base[4, :, :, :D].numpy(), kv[0, 0])
     assert base[[0, 1, 2, 3, 5, 6, 7, 8]].abs().sum() == 0
+
+
+def test_only_copies_of_blocks_that_will_be_written_are_waited_for() -> None:
+    _, cache = paged((9, H, N, 2 * D), torch.float32, Packing.ROWS)
+    opened, over = threading.Event(), threading.Event()
+    cache._copier.submit(opened.wait, 20)
+    staged = cache.stage((3, 4))
+    assert cache.is_copying
+    cache.finish_copies({1, 2, 5})  # returns, although nothing was copied yet
+
+    def wait_for_four() -> None:
+        cache.finish_copies({4, 7})
+        over.set()
+
+    thread = threading.Thread(target=wait_for_four)
+    thread.start()
+    assert not over.wait(0.05)
+    opened.set()
+    thread.join(20)
+    assert over.is_set()
+    assert len(staged.ready()) == len(cache._caches)
+    cache.finish_copies()
+    assert not cache.is_copying
+    cache.close()
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -102,6 +102,18 @@ def test_a_load_covers_whole_chunks_of_whole_blocks() -> None:
     assert scene.tracker.plan([]).loads == ()
 
 
+def test_a_plan_names_the_blocks_that_were_given() -> None:
+    scene = Scene(1)
+    scene.arrive("loads", 200)
+    scene.admit("loads", 100)
+    # Also those of requests that nothing is known of.
+    steps = [Step("stranger", [7, 8], 0, 20), Step("other", [9], 64, 1, is_more=True)]
+    assert scene.tracker.plan(steps).given_blocks == {7, 8, 9, 100, 101, 102, 103}
+    assert scene.tracker.plan([]).given_blocks == frozenset()
+    # A request that is taken up again names all of its blocks anew.
+    assert scene.step("loads", 100, 64, 136).given_blocks >= set(blocks(100, 200))
+
+
 def test_a_token_is_left_to_compute() -> None:
     scene = Scene(2)
     scene.arrive("r", 128)
@@ -318,7 +330,7 @@ def test_requests_that_are_not_followed_are_left_alone() -> None:
     scene = Scene(2)
     assert scene.tracker.matched("unknown", 0) == 0
     scene.tracker.allocated("unknown", [1, 2], 0)
-    assert scene.tracker.plan([Step("unknown", [1], 0, 100)]) == Plan()
+    assert scene.tracker.plan([Step("unknown", [1], 0, 100)]) == Plan(given_blocks=frozenset({1}))
 
 
 def test_seeds_keep_requests_apart() -> None:

@@ -65,9 +65,31 @@ def test_classes(shape: tuple[int, int], levels: int, isa: str) -> None:
     np.testing.assert_array_equal(ours.rotations, twin.rotations)
 
 
+def test_classes_of_many_tokens(isa: str) -> None:
+    """Counts beyond 16 bits take another way to the same classes."""
+    rng = np.random.default_rng(4)
+    digits = np.clip(np.rint(rng.normal([9, 16, 30], [1, 6, 2], (40000, 3))), 0, 31)
+    ours = entropy.fit_parametric(digits.astype(np.uint8), 0)
+    twin = entropy.fit_parametric_by_numpy(digits.astype(np.uint8))
+    np.testing.assert_array_equal(ours.classes, twin.classes)
+    np.testing.assert_array_equal(ours.rotations, twin.rotations)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_digits_are_split(shape: tuple[int, int], bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    symbols = rng.integers(0, 32 << bits, shape).astype(np.uint8)
+    rotations = rng.integers(0, 32, shape[1]).astype(np.uint8)
+    rotated = entropy.rotate(symbols, rotations, bits, back=False)
+    high, low = native.split_digits(symbols, rotations, bits)
+    np.testing.assert_array_equal(high, rotated >> np.uint8(bits))
+    assert low == entropy.pack(rotated & np.uint8((1 << bits) - 1), bits)
+
+
 def test_refuses_sizes_that_do_not_fit() -> None:
     counts = np.zeros((4, 32), np.uint32)
-    costs = np.zeros((32, 129))
+    costs = np.zeros((16, 129, 2), np.int16)
     rows = np.zeros((2, 4), np.uint8)
     with pytest.raises(GeometryError):
         native.fit_classes(counts, costs)
@@ -77,3 +99,7 @@ def test_refuses_sizes_that_do_not_fit() -> None:
         _core.count_symbols(rows, 0, np.zeros((5, 32), np.uint32))
     with pytest.raises(GeometryError):
         _core.count_symbols(rows, 8, counts)
+    with pytest.raises(GeometryError):
+        native.split_digits(rows, np.zeros(3, np.uint8), 3)
+    with pytest.raises(GeometryError):
+        native.split_digits(rows, np.zeros(4, np.uint8), 4)

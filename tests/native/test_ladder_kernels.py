@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -47,6 +48,21 @@ def test_threads_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv("CACHEGEN_THREADS", wrong)
         with pytest.raises(ConfigError, match="CACHEGEN_THREADS"):
             native.threads()
+
+
+def test_a_thread_may_be_alone() -> None:
+    counts = []
+
+    def work() -> None:
+        native.use_one_thread()
+        counts.append(native.threads())
+
+    before = native.threads()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert counts == [1]
+    assert native.threads() == before  # the others go on as they were
 
 
 def test_a_body_is_verified_without_keeping_symbols() -> None:

@@ -447,7 +447,7 @@ def test_memory_is_bounded(progressive, fetcher_of) -> None:
 
     def progress(_report) -> None:
         pool = fetcher._pool
-        with pool.cond:
+        with pool.lock:
             held.append(sum(state.held_bytes for state in pool._active))
 
     report = fetcher.request(keys_of(4), progress=progress).wait(LONG_S)

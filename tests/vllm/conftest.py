@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -31,16 +29,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
 @pytest.fixture(scope="session")
-def baseline() -> Iterator[object]:
+def baseline() -> object:
     """What vLLM answers without a connector; computed once per prompt."""
-    from engines import Baseline
+    from engines import BASELINE
 
-    made = Baseline()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def store_url(tmp_path: Path) -> str:
-    """A fresh folder as a store."""
-    return str(tmp_path / "store")
+    return BASELINE

@@ -1,4 +1,8 @@
-"""vLLM engines for tests: started, asked, compared with a baseline, and ended."""
+"""vLLM engines for tests: started, asked, compared with a baseline, and ended.
+
+Nothing here depends on how fast the machine is: deadlines are so long that only a hang exceeds
+them, but in a test about deadlines, which sets its own (``Engine.load_deadline``).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,8 @@ BLOCK = 128
 CHUNK = 256
 # Two logits closer than this may change places when a step groups its tokens otherwise.
 ROUNDING_NATS = 1e-3
+# What takes longer than this hangs.
+HANG_S = 400.0
 
 
 def _served_model() -> Path:
@@ -62,11 +68,23 @@ class Engine:
         }
         self.llm = LLM(str(MODEL), **{**defaults, **options})
 
-    def ask(self, prompts: Sequence[Any], max_tokens: int = 16) -> list[Answer]:
-        """Generate greedily after each prompt, all at once."""
-        greedy = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=2, ignore_eos=True)
+    def ask(
+        self, prompts: Sequence[Any], max_tokens: int = 16, *, loads: bool = True, lora: Any = None
+    ) -> list[Answer]:
+        """Generate greedily after each prompt, all at once.
+
+        loads: False to compute everything. lora: a LoRARequest for all of them.
+        """
+        greedy = SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            logprobs=2,
+            ignore_eos=True,
+            extra_args=None if loads else {"kv_transfer_params": {"cachegen.load": False}},
+        )
         inputs = [p if isinstance(p, dict) else {"prompt_token_ids": list(p)} for p in prompts]
-        return [answer_of(out) for out in self.llm.generate(inputs, greedy, use_tqdm=False)]
+        outputs = self.llm.generate(inputs, greedy, use_tqdm=False, lora_request=lora)
+        return [answer_of(out) for out in outputs]
 
     @property
     def scheduler(self) -> CacheGenConnector:
@@ -98,10 +116,18 @@ class Engine:
     def settle(self) -> None:
         """Wait until everything that was handed over is saved."""
         saver = self.worker._worker._saver
-        end = time.monotonic() + 240
-        while saver._backlog_bytes:
-            assert time.monotonic() < end, "saves do not end"
-            time.sleep(0.01)
+        wait_until(lambda: not saver._backlog_bytes)
+
+    @contextmanager
+    def load_deadline(self, seconds: float) -> Iterator[None]:
+        """End loads that begin meanwhile after so many seconds; look-ups keep their own time."""
+        tracker = self.scheduler._scheduler.tracker
+        usual = tracker._settings
+        tracker._settings = replace(usual, slo_s=seconds)
+        try:
+            yield
+        finally:
+            tracker._settings = usual
 
     def close(self) -> None:
         """End the engine, so that another one can start in this process."""
@@ -114,9 +140,9 @@ class Engine:
 def engine(store: str | None = None, **options: Any) -> Iterator[Engine]:
     """Start an engine, with the connector if there is a store; extra settings go to the connector.
 
-    role, quality, codec, slo_s and the like: of the connector; everything else: of vLLM.
+    role, quality, codec and the like: of the connector; everything else: of vLLM.
     """
-    names = ("quality", "codec", "slo_s", "profile", "chunk_tokens", "save_decode", "policy")
+    names = ("quality", "codec", "profile", "chunk_tokens", "save_decode", "policy")
     extra = {name: options.pop(name) for name in names if name in options}
     role = options.pop("role", "kv_both")
     if store is not None:
@@ -128,7 +154,7 @@ def engine(store: str | None = None, **options: Any) -> Iterator[Engine]:
             "kv_connector_extra_config": {
                 "store": store,
                 "quality": "lossless",
-                "slo_s": 20.0,
+                "slo_s": HANG_S,
                 **extra,
             },
         }
@@ -140,25 +166,34 @@ def engine(store: str | None = None, **options: Any) -> Iterator[Engine]:
 
 
 class Baseline:
-    """Answers without a connector, remembered; the engine starts when a prompt is new."""
+    """Answers without a connector, remembered.
+
+    Modules say with ``plan`` what they will ask, so that one engine answers all of it.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], Answer] = {}
+        self._known: dict[tuple[tuple[int, ...], int], Answer] = {}
+        self._planned: dict[tuple[tuple[int, ...], int], None] = {}
 
-    def __call__(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int = 16, dtype: str = "float32"
-    ) -> list[Answer]:
-        keys = [(tuple(prompt), max_tokens, dtype) for prompt in prompts]
-        new = [key for key in dict.fromkeys(keys) if key not in self._known]
-        if new:
-            with engine(dtype=dtype) as plain:
-                answers = plain.ask([key[0] for key in new], max_tokens)
-            self._known.update(zip(new, answers, strict=True))
+    def plan(self, prompts: Sequence[Sequence[int]], max_tokens: int = 16) -> None:
+        """Take note of prompts that will be asked."""
+        self._planned.update(dict.fromkeys((tuple(prompt), max_tokens) for prompt in prompts))
+
+    def __call__(self, prompts: Sequence[Sequence[int]], max_tokens: int = 16) -> list[Answer]:
+        """Return the answers; starts an engine if one of them is not known."""
+        keys = [(tuple(prompt), max_tokens) for prompt in prompts]
+        if any(key not in self._known for key in keys):
+            self.plan(prompts, max_tokens)
+            with engine() as plain:
+                for length in {key[1] for key in self._planned}:
+                    asked = [key for key in self._planned if key[1] == length]
+                    answers = plain.ask([key[0] for key in asked], length)
+                    self._known.update(zip(asked, answers, strict=True))
+            self._planned.clear()
         return [self._known[key] for key in keys]
 
-    def close(self) -> None:
-        """Forget everything."""
-        self._known.clear()
+
+BASELINE = Baseline()
 
 
 def answer_of(output: Any) -> Answer:
@@ -220,9 +255,9 @@ def hits_expected(prompts: Sequence[Sequence[int]]) -> int:
     return sum(min(len(p) // CHUNK * CHUNK, len(p) - 1) for p in prompts)
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
+def wait_until(condition: Callable[[], object]) -> None:
     """Poll until a condition holds; a hang is an error."""
-    end = time.monotonic() + timeout_s
+    end = time.monotonic() + HANG_S
     while not condition():
-        assert time.monotonic() < end, "timed out"
+        assert time.monotonic() < end, "it hangs"
         time.sleep(0.01)

@@ -8,16 +8,30 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engines import CHUNK, MODEL, Answer, Baseline, check_same, engine, text_tokens
+from engines import (
+    BASELINE,
+    CHUNK,
+    HANG_S,
+    MODEL,
+    Answer,
+    Baseline,
+    check_same,
+    engine,
+    text_tokens,
+    wait_until,
+)
 
 TEXT = text_tokens()
 PROMPTS = [TEXT[700 * i : 700 * i + 560 + 90 * i] for i in range(4)]
 HITS = [len(prompt) // CHUNK * CHUNK for prompt in PROMPTS]
+# Of one call of a remote store; far longer than any takes.
+TIMEOUT = "timeout=100s"
+
+BASELINE.plan(PROMPTS)
 
 
 def serve(store: str, folder: Path, *, rounds: int = 1, ranks: int = 1) -> dict[str, object]:
@@ -42,7 +56,7 @@ def serve(store: str, folder: Path, *, rounds: int = 1, ranks: int = 1) -> dict[
         env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         capture_output=True,
         text=True,
-        timeout=800,
+        timeout=2 * HANG_S,
     )
     assert out.exists(), done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(out.read_text())
@@ -54,14 +68,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for_port(port: int) -> None:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    raise AssertionError(f"nothing listens on port {port}")
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture
@@ -74,8 +83,8 @@ def redis_url(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)],
         stdout=subprocess.DEVNULL,
     )
-    wait_for_port(port)
-    yield f"redis://127.0.0.1:{port}", server
+    wait_until(lambda: listens(port))
+    yield f"redis://127.0.0.1:{port}?{TIMEOUT}", server
     server.kill()
     server.wait(20)
 
@@ -89,7 +98,7 @@ def s3_url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for_port(port)
+    wait_until(lambda: listens(port))
     endpoint = f"http://127.0.0.1:{port}"
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
@@ -101,7 +110,7 @@ def s3_url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         aws_secret_access_key="test",
     )
     client.create_bucket(Bucket="chunks")
-    yield f"s3://chunks/kv?endpoint={endpoint}&region=us-east-1"
+    yield f"s3://chunks/kv?endpoint={endpoint}&region=us-east-1&{TIMEOUT}"
     server.kill()
     server.wait(20)
 

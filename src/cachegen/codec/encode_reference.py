@@ -178,7 +178,7 @@ def _encode(
             survey(group)
         scaled = _scaled(group, step)
     digits = ladder.climb(scaled, count)
-    lengths = _code_lengths(digits)
+    lengths = code_lengths(digits)
     offset, columns = 0, np.arange(lengths.shape[1])
     classes = lengths.argmin(axis=0).astype(np.uint8)
     if base is not None and group.families is not None:
@@ -203,7 +203,7 @@ def _scaled(group: _Group, step: np.float32) -> Floats:
     return np.where(group.kept()[:, None], scaled, np.float32(0))
 
 
-def _code_lengths(digits: ladder.Ladder) -> NDArray[np.int64]:
+def code_lengths(digits: ladder.Ladder) -> NDArray[np.int64]:
     """Return the length of every channel coded every way, (192, N), in 1/1024 bit."""
     channels = digits.coarse.shape[1]
     magnitudes = np.minimum(np.abs(digits.coarse), 16)

@@ -23,6 +23,7 @@ TOTAL = 4096
 ALPHABET = 32
 ZERO_RESIDUAL = 16
 TARGET_STREAM_STEPS = 1024
+COST_UNIT = 1024
 
 Symbols = NDArray[np.uint8]
 Freqs = NDArray[np.uint16]
@@ -95,17 +96,21 @@ def _bits_saved() -> NDArray[np.float64]:
 
 
 @functools.cache
-def _costs_by_value() -> NDArray[np.float64]:
-    return np.ascontiguousarray(parametric_tables()[1].T)
+def _cost_pairs() -> NDArray[np.int16]:
+    costs = parametric_tables()[1].astype(np.int16).reshape(-1, ALPHABET // 2, 2)
+    return np.ascontiguousarray(costs.transpose(1, 0, 2))
 
 
 @functools.cache
 def parametric_tables() -> tuple[native.Tables, NDArray[np.float64]]:
-    """Return the frozen table set 1 and the cost of each of its entries in bits, (112, 32)."""
+    """Return the frozen table set 1 and what each of its entries costs, (112, 32).
+
+    Costs are whole numbers of 1/1024 bit, so that sums have no order.
+    """
     path = resources.files("cachegen.codec") / "tables_v1.npy"
     with path.open("rb") as file:
         freqs = np.load(file, allow_pickle=False)
-    return native.Tables(freqs, None), -np.log2(freqs / TOTAL)
+    return native.Tables(freqs, None), np.rint(-np.log2(freqs / TOTAL) * COST_UNIT)
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def fit_parametric(symbols: Symbols, shift: int) -> ParametricModels:
     table around the channel's mean.
     """
     counts = native.count_symbols(symbols, ALPHABET, shift=shift)
-    return ParametricModels(*native.fit_classes(counts, _costs_by_value()))
+    return ParametricModels(*native.fit_classes(counts, _cost_pairs()))
 
 
 def fit_parametric_by_numpy(digits: Symbols) -> ParametricModels:

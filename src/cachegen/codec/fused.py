@@ -49,7 +49,7 @@ def channels_of(header: Header, group: Group) -> int:
     return sum(heads * geometry.plane_dim(is_value=side) for _, side in planes_of_group(group))
 
 
-def bodies(reader: ObjectReader, group: int) -> list[tuple[int, NDArray[np.uint8]]]:
+def bodies(reader: ObjectReader, group: int) -> list[tuple[int, memoryview]]:
     """Return the verified bodies of the passes at hand. Raises: CorruptError, ChecksumError."""
     result = []
     for index in range(reader.passes_of(group)):
@@ -60,7 +60,7 @@ def bodies(reader: ObjectReader, group: int) -> list[tuple[int, NDArray[np.uint8
         ):
             expected = f"rANS or {'2 bits' if index else 'bytes or sparse'}"
             raise CorruptError(f"kind of pass {index}", got=segment.kind, expected=expected)
-        result.append((_KINDS[segment.kind], np.frombuffer(body, np.uint8)))
+        result.append((_KINDS[segment.kind], body))
     return result
 
 
@@ -81,7 +81,7 @@ def decode_plain(reader: ObjectReader, target: Target, *, step: float, value_wei
                 end - begin,
                 channels_of(header, group),
                 present,
-                np.frombuffer(side, np.uint8),
+                side,
                 constants(header.passes, len(present), decay, step, value_weight),
                 plane_targets(header, group, target),
             )

@@ -27,7 +27,6 @@ from cachegen.codec.entropy import (
     fit_parametric,
     pack,
     parametric_tables,
-    rotate,
     stream_steps,
 )
 from cachegen.codec.header import SegmentBody
@@ -96,7 +95,7 @@ class Int8Codec(Codec):
             SegmentBody(group, 0, SIDE, side + tables, coarse_error),
             SegmentBody(group, 0, kind, body, coarse_error, bits),
         ]
-        return coarse, [SegmentBody(group, 1, PACKED, pack(low, LOW_BITS), error, LOW_BITS)]
+        return coarse, [SegmentBody(group, 1, PACKED, low, error, LOW_BITS)]
 
     @classmethod
     def decode_into(cls, reader: ObjectReader, target: Target, *, profile: Profile | None) -> None:
@@ -165,13 +164,13 @@ def pack_params(*, entropy: bool) -> bytes:
     return _PARAMS.pack(entropy)
 
 
-def _split_digits(symbols: Symbols) -> tuple[int, int, bytes, bytes, Symbols]:
-    """Return kind, bits and body of the high digits, their tables, and the low digits."""
+def _split_digits(symbols: Symbols) -> tuple[int, int, bytes, bytes, bytes]:
+    """Return kind, bits and body of the high digits, their tables, and the low digits, packed."""
     tokens, channels = symbols.shape
     models = fit_parametric(symbols, LOW_BITS)
-    rotated = rotate(symbols, models.rotations, LOW_BITS, back=False)
+    high, low = native.split_digits(symbols, models.rotations, LOW_BITS)
     body = native.encode_segment(
-        rotated >> np.uint8(LOW_BITS),
+        high,
         models.classes.astype(np.uint16),
         parametric_tables()[0],
         stream_steps=stream_steps(channels),
@@ -179,11 +178,7 @@ def _split_digits(symbols: Symbols) -> tuple[int, int, bytes, bytes, Symbols]:
     side = models.to_bytes()
     packed = HIGH_BITS * ((tokens * channels + 7) // 8)
     if len(body) + len(side) >= packed:
-        return (
-            PACKED,
-            HIGH_BITS,
-            pack(symbols >> np.uint8(LOW_BITS), HIGH_BITS),
-            b"",
-            symbols & np.uint8(7),
-        )
-    return RANS, 0, body, side, rotated & np.uint8(7)
+        plain = np.zeros(channels, np.uint8)
+        high, low = native.split_digits(symbols, plain, LOW_BITS)
+        return PACKED, HIGH_BITS, pack(high, HIGH_BITS), b"", low
+    return RANS, 0, body, side, low

@@ -18,7 +18,7 @@ Symbols = NDArray[np.uint8]
 LANES = 32
 # An encoder writes a matrix sparsely if at most one symbol of so many is not 0: about where entropy
 # coding takes as many bytes, and ten times as long.
-SHARE = 384
+SHARE = 256
 MOST_LOW_BITS = 40
 _HEAD = struct.Struct("<IB")
 

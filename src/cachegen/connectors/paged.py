@@ -8,7 +8,7 @@ the copy into host rows can then happen in any thread.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -78,18 +78,18 @@ class PagedCache:
         self._stream: Any = None
         self._device = find_device(caches[0], layouts) if device is None else device
         self._copier = ThreadPoolExecutor(1, "cachegen-copy")
-        self._copying: list[Future[list[Array]]] = []
+        self._copying: list[tuple[frozenset[int], Future[list[Array]]]] = []
 
     def stage(self, block_ids: Sequence[int]) -> StagedBlocks:
         """Begin to copy blocks out of every layer; called in the order of the engine's work.
 
-        block_ids: as the scheduler counts blocks. The engine may write to them, and free them for
-        others, but not run before ``finish_copies``.
+        block_ids: as the scheduler counts blocks. The engine may free them for others, but nothing
+        may be written to them before ``finish_copies``.
         """
         if not self._on_host:
             return self._stage_device(block_ids)
         copying = self._copier.submit(self._copy, tuple(block_ids))
-        self._copying.append(copying)
+        self._copying.append((frozenset(block_ids), copying))
         values = len(block_ids) * self._block_tokens * self.geometry.values_per_token
         return StagedBlocks(copying.result, values * self._arrays[0].itemsize)
 
@@ -98,10 +98,15 @@ class PagedCache:
         """True if there is something for ``finish_copies`` to wait for."""
         return bool(self._copying)
 
-    def finish_copies(self) -> None:
-        """Wait until everything staged so far is copied, or will be before the engine's writes."""
-        wait(self._copying)
-        self._copying.clear()
+    def finish_copies(self, block_ids: Collection[int] | None = None) -> None:
+        """Wait until what was staged is copied, or will be before the engine's writes.
+
+        block_ids: those that will be written to, None for all.
+        """
+        for blocks, copying in self._copying:
+            if block_ids is None or not blocks.isdisjoint(block_ids):
+                wait([copying])
+        self._copying = [entry for entry in self._copying if not entry[1].done()]
 
     def close(self) -> None:
         """Stop the thread that copies, once it has nothing to do."""

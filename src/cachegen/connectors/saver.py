@@ -1,7 +1,8 @@
 """Saving chunks: copies of an engine's blocks are encoded and stored, in threads of their own.
 
 An engine is never kept waiting for a store. What cannot be kept up with is dropped and counted, and
-threads leave the cores to an engine that is busy, as far as the backlog allows.
+threads leave the cores to an engine that is busy, as far as the backlog allows; they are of a low
+priority at all times.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 
 from cachegen.chunk import KVChunk
 from cachegen.connectors.adapter import Piece, logger, reason_of
+from cachegen.connectors.background import step_back
 from cachegen.connectors.coding import ChunkCoder
 from cachegen.connectors.device_blocks import DeviceBlocks
 from cachegen.connectors.metrics import Counters
@@ -74,7 +76,9 @@ class Saver:
         self._counters = counters
         self._lock = threading.Lock()
         self._backlog_bytes = 0
-        self._threads = ThreadPoolExecutor(settings.save_threads, "cachegen-save")
+        self._threads = ThreadPoolExecutor(
+            settings.save_threads, "cachegen-save", initializer=step_back
+        )
 
     @property
     def has_room(self) -> bool:

@@ -44,12 +44,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What workers do in a step. released: requests whose blocks are free once saves are copied."""
+    """What workers do in a step.
+
+    released: requests whose blocks are free once saves are copied. given_blocks: those that were
+        given to requests since the step before; no other block that is whole is written to.
+    """
 
     loads: tuple[LoadJob, ...] = ()
     saves: tuple[SaveJob, ...] = ()
     cancelled: tuple[str, ...] = ()
     released: tuple[str, ...] = ()
+    given_blocks: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -203,7 +208,9 @@ class Tracker:
     def plan(self, steps: Iterable[Step]) -> Plan:
         """Plan a step of the engine and forget what was pending."""
         saves = list(self._end_saves)
+        given = {block for job in self._new_loads for p in job.pieces for block in p.block_ids}
         for step in steps:
+            given.update(step.block_ids)
             track = self._tracks.get(step.request_id)
             if track is None:
                 continue
@@ -217,7 +224,11 @@ class Tracker:
             if pieces:
                 saves.append(SaveJob(track.request_id, pieces))
         plan = Plan(
-            tuple(self._new_loads), tuple(saves), tuple(self._cancelled), tuple(self._released)
+            tuple(self._new_loads),
+            tuple(saves),
+            tuple(self._cancelled),
+            tuple(self._released),
+            frozenset(given),
         )
         self._new_loads, self._end_saves = [], []
         self._cancelled, self._released = [], []

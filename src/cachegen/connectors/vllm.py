@@ -1,9 +1,9 @@
 """``CacheGenConnector``: vLLM loads prompts' KV from a store and saves what it computes.
 
 A thin face: the scheduler side feeds a ``Tracker``, the worker side a ``Loader`` and a ``Saver``.
-Loads are asynchronous. Saves copy blocks out before the next step may overwrite them and do the
-rest in a thread, so that no block has to be held but at the end of a request whose last chunk
-became known late.
+Loads are asynchronous. Saves copy blocks out in a thread, which a step waits for only where it was
+given one of them, and do the rest in another, so that no block has to be held but at the end of a
+request whose last chunk became known late.
 """
 
 from __future__ import annotations
@@ -109,13 +109,16 @@ class CacheGenConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._at_worker().register(kv_caches)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """Wait until blocks that may be given to others are copied."""
-        self._at_worker().finish_copies()
+        """Wait until blocks that were given to others are copied."""
+        metadata = kv_connector_metadata
+        known = isinstance(metadata, CacheGenMetadata)
+        self._at_worker().finish_copies(metadata.plan.given_blocks if known else None)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Take the plan of a step that begins."""
         super().bind_connector_metadata(connector_metadata)
-        self._at_worker().begin_step(computes=self._metadata().computes)
+        metadata = self._metadata()
+        self._at_worker().begin_step(metadata.plan, computes=metadata.computes)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Begin the loads of this step, in threads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from cachegen.connectors import vllm_model
@@ -75,18 +76,18 @@ class WorkerSide:
             waits=self._vllm_config.kv_transfer_config.is_kv_consumer,
         )
 
-    def begin_step(self, *, computes: bool) -> None:
-        """Take note that a step begins; it may overwrite blocks that earlier steps staged."""
+    def begin_step(self, plan: Plan, *, computes: bool) -> None:
+        """Take note that a step begins; it may have got blocks that earlier ones staged."""
         self._computes = computes
         if self._saver is not None:
             self._saver.note_step(begins=True, computes=computes)
-        self.finish_copies()
+        self.finish_copies(plan.given_blocks)
 
-    def finish_copies(self) -> None:
-        """Wait until blocks that were staged may be overwritten."""
+    def finish_copies(self, block_ids: Collection[int] | None = None) -> None:
+        """Wait until staged blocks, all or these, may be overwritten."""
         if self._cache is not None and self._cache.is_copying:
             begin = time.monotonic()
-            self._cache.finish_copies()
+            self._cache.finish_copies(block_ids)
             self._counters.add("stage_seconds_total", time.monotonic() - begin)
 
     def start_loads(self, plan: Plan) -> None:

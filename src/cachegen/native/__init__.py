@@ -32,9 +32,9 @@ from cachegen.native.fused_encode import (
     EncodeTables,
 )
 from cachegen.native.medians import column_medians
-from cachegen.native.models import count_symbols, fit_classes, normalize_counts
+from cachegen.native.models import count_symbols, fit_classes, normalize_counts, split_digits
 from cachegen.native.planes import MatrixSource, QuantizedPlane, decode_planes
-from cachegen.native.threads import threads
+from cachegen.native.threads import threads, use_one_thread
 from cachegen.native.transform import (
     PackedBasis,
     TransformSource,
@@ -219,8 +219,10 @@ __all__ = [
     "quantize",
     "segment_layout",
     "select_isa",
+    "split_digits",
     "stream_count",
     "threads",
+    "use_one_thread",
     "uses_tiles",
     "verify_segment",
 ]

@@ -79,8 +79,8 @@ class GroupSource(NamedTuple):
 
     tokens: int
     channels: int
-    passes: Sequence[tuple[int, Symbols]]
-    side: Symbols | Coefficients
+    passes: Sequence[tuple[int, memoryview]]
+    side: memoryview | Coefficients
     constants: Constants
     planes: Sequence[PlaneTarget]
 

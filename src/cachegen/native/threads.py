@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import os
+import threading
 
 from cachegen.errors import ConfigError
 
 VARIABLES = ("CACHEGEN_THREADS", "OMP_NUM_THREADS")
+
+_own = threading.local()
+
+
+def use_one_thread() -> None:
+    """Let calls of the calling thread start no threads from now on."""
+    _own.is_alone = True
 
 
 def threads() -> int:
     """Return the most threads that a call starts, itself included.
 
     ``CACHEGEN_THREADS`` if set, else ``OMP_NUM_THREADS``, but no more than the cores this thread
-    may run on. Read on every call; threads end with the call that starts them.
+    may run on; 1 after ``use_one_thread``. Read on every call; threads end with the call that
+    starts them.
     Raises: ConfigError for a value that is no positive number.
     """
+    if getattr(_own, "is_alone", False):
+        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     for name in VARIABLES:
         # OpenMP allows a list, one number for each level of nesting.

@@ -14,6 +14,7 @@ the decoding of the one before it.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -24,10 +25,11 @@ from cachegen.codec.registry import decode as decode_object
 from cachegen.errors import ConfigError, ProfileError
 from cachegen.profile import Profile
 from cachegen.stream.bandwidth import BandwidthEstimator
+from cachegen.stream.callbacks import Callbacks, Decode, Progress, Source
 from cachegen.stream.outcome import FetchedChunk, FetchReport
 from cachegen.stream.plan import Policy
 from cachegen.stream.policies import FixedPolicy
-from cachegen.stream.pool import Callbacks, Decode, Pool, Progress, Source
+from cachegen.stream.pool import Pool
 from cachegen.stream.reading import Keys
 from cachegen.stream.request import RequestState
 from cachegen.stream.speeds import PrefillSpeed, SpeedLearner, Speeds
@@ -46,14 +48,15 @@ class FetchHandle:
     As a context manager it cancels on leaving. Methods may be called from any thread.
     """
 
-    def __init__(self, pool: Pool, state: RequestState) -> None:
+    def __init__(self, pool: Pool, state: RequestState, heard: threading.Condition) -> None:
         self._pool = pool
         self._state = state
+        self._heard = heard
 
     @property
     def is_over(self) -> bool:
         """True once everything is decided and no callback runs any more."""
-        with self._pool.cond:
+        with self._heard:
             return self._state.is_over
 
     def cancel(self) -> None:
@@ -62,21 +65,21 @@ class FetchHandle:
 
     def wait(self, timeout_s: float | None = None) -> FetchReport | None:
         """Wait until the request is over. Returns: the report, or None if the time was up."""
-        with self._pool.cond:
-            self._pool.cond.wait_for(lambda: self._state.is_over, timeout_s)
+        with self._heard:
+            self._heard.wait_for(lambda: self._state.is_over, timeout_s)
             return self._state.report() if self._state.is_over else None
 
     def report(self) -> FetchReport:
         """Return how the chunks came out so far, in order; those undecided are not in it."""
-        with self._pool.cond:
+        with self._heard:
             return self._state.report()
 
     def __iter__(self) -> Iterator[FetchedChunk]:
         index = 0
         while True:
-            with self._pool.cond:
+            with self._heard:
                 while len(self._state.items) <= index and not self._state.is_over:
-                    self._pool.cond.wait()
+                    self._heard.wait()
                 if index >= len(self._state.items):
                     return
                 item = self._state.items[index]
@@ -179,13 +182,14 @@ class Fetcher:
             decodes=direct is None,
         )
         calls = Callbacks(decode or self._decode, deliver, direct, recompute, fence, progress)
-        if not self._pool.add(state, calls):
+        heard = self._pool.add(state, calls)
+        if heard is None:
             raise ConfigError("fetcher", got="closed", expected="open", remedy="make a new one")
-        return FetchHandle(self._pool, state)
+        return FetchHandle(self._pool, state, heard)
 
     def stats(self) -> dict[str, int]:
         """Return counters since it was built, such as ``{"requests": 2, "chunks.loaded": 8}``."""
-        with self._pool.cond:
+        with self._pool.lock:
             return dict(self._pool.counts)
 
     def close(self) -> None:

@@ -1,6 +1,9 @@
 """The threads of a fetcher: readers, workers that decode and deliver, and a clock.
 
-All state is behind one lock; a thread leaves it only to read, to decode or to call the caller.
+All state is behind one lock; a thread leaves it only to read, to decode or to call the caller. Each
+kind of thread waits on a condition of its own, and a change wakes only those that it concerns: one
+reader, which wakes the next one if it finds something to read, one worker if there is a task, the
+clock if something is due sooner than it would look, and who waits for the request that got further.
 """
 
 from __future__ import annotations
@@ -12,13 +15,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Protocol
 
 from cachegen.chunk import KVChunk
 from cachegen.store.clock import deadline
 from cachegen.stream.bandwidth import BandwidthEstimator
+from cachegen.stream.callbacks import Callbacks, Progress, Source
 from cachegen.stream.link import Hedger, LinkMeter, in_turn, slice_bytes
-from cachegen.stream.outcome import FetchedChunk, FetchReport, Reason
+from cachegen.stream.outcome import FetchReport, Reason
 from cachegen.stream.progress import Stage
 from cachegen.stream.reading import Read
 from cachegen.stream.request import RequestState, Task
@@ -33,27 +36,14 @@ STREAM_BYTES = 64 << 10
 # A store call may outlast the deadline of its request by so much before it is given up.
 LATE_CALL_S = 0.05
 
-Decode = Callable[[bytes, FetchedChunk], KVChunk]
-Progress = Callable[[FetchReport], None]
 
+@dataclass(eq=False)
+class _Active:
+    """A request under way. told: how many of its chunks those who wait for it have heard of."""
 
-class Source(Protocol):
-    """The part of a store that fetching needs; ``get_stream`` is used where there is one."""
-
-    def get_range(self, name: str, begin: int, end: int) -> bytes | None:
-        """Return the bytes [begin, end) of the object, or None."""
-
-
-@dataclass(frozen=True, eq=False)
-class Callbacks:
-    """What a caller wants to be called; see ``Fetcher.request``."""
-
-    decode: Decode
-    deliver: Callable[[FetchedChunk], None] | None
-    direct: Callable[[FetchedChunk], None] | None
-    recompute: Callable[[FetchedChunk], KVChunk | None] | None
-    fence: Callable[[], bool] | None
-    progress: Progress | None
+    calls: Callbacks
+    heard: threading.Condition
+    told: int = 0
 
 
 class Pool:
@@ -69,7 +59,7 @@ class Pool:
         bandwidth: BandwidthEstimator,
         speeds: SpeedLearner,
     ) -> None:
-        self.cond = threading.Condition()
+        self.lock = threading.Lock()
         self.counts: Counter[str] = Counter()
         self.bandwidth = bandwidth
         self.speeds = speeds
@@ -77,7 +67,12 @@ class Pool:
         self._readers = readers
         self._decoders = decoders
         self._held_bytes = held_bytes
-        self._active: dict[RequestState, Callbacks] = {}
+        self._active: dict[RequestState, _Active] = {}
+        self._readable = threading.Condition(self.lock)
+        self._workable = threading.Condition(self.lock)
+        self._sooner = threading.Condition(self.lock)
+        # When the clock looks next.
+        self._looks_s = math.inf
         self._threads: list[threading.Thread] = []
         self._reader_count = self._idle_readers = 0
         self._meter = LinkMeter()
@@ -86,30 +81,37 @@ class Pool:
         self._decode_s_per_byte: float | None = None
         self._closed = False
 
-    def add(self, state: RequestState, calls: Callbacks) -> bool:
-        """Take on a request. Returns: False after ``close``."""
-        with self.cond:
+    def add(self, state: RequestState, calls: Callbacks) -> threading.Condition | None:
+        """Take on a request.
+
+        Returns: a condition on the lock, notified when another chunk is decided or the request is
+        over; None after ``close``.
+        """
+        with self.lock:
             if self._closed:
-                return False
-            self._active[state] = calls
+                return None
+            heard = threading.Condition(self.lock)
+            self._active[state] = _Active(calls, heard)
             self.counts["requests"] += 1
             self._start_threads()
             self._changed()
-            return True
+            return heard
 
     def cancel(self, state: RequestState, reason: Reason = Reason.CANCELLED) -> None:
         """Give up what has not come of a request."""
-        with self.cond:
+        with self.lock:
             state.cancel(time.monotonic(), reason)
             self._changed()
 
     def close(self) -> None:
         """Cancel all requests and end the threads; one that hangs in the store is left behind."""
-        with self.cond:
+        with self.lock:
             self._closed = True
             for state in list(self._active):
                 state.cancel(time.monotonic())
             self._changed()
+            self._readable.notify_all()
+            self._sooner.notify()
             threads = [thread for thread in self._threads if thread.ident != threading.get_ident()]
         until_s = time.monotonic() + LATE_CALL_S
         for thread in threads:
@@ -123,12 +125,34 @@ class Pool:
     # Everything below that says "locked" is called with the lock held.
 
     def _changed(self) -> None:
-        """Locked: forget requests that are over, and wake whoever waits."""
-        for state in [state for state in self._active if state.is_over]:
-            del self._active[state]
-            for item in state.items:
-                self.counts[f"chunks.{item.reason.value}"] += 1
-        self.cond.notify_all()
+        """Locked: carry out what is due, forget requests that are over, wake who has to act."""
+        now_s = time.monotonic()
+        due_s = math.inf
+        for state, entry in list(self._active.items()):
+            state.tick(now_s)
+            if len(state.items) > entry.told or state.is_over:
+                entry.told = len(state.items)
+                entry.heard.notify_all()
+            if state.is_over:
+                del self._active[state]
+                for item in state.items:
+                    self.counts[f"chunks.{item.reason.value}"] += 1
+            else:
+                due_s = min(due_s, state.next_due_s(now_s), self._hedge_due_s(state, now_s))
+        self._readable.notify()
+        if any(state.has_task for state in self._active):
+            self._workable.notify()
+        elif self._closed and not self._active:
+            self._workable.notify_all()
+        if due_s < self._looks_s:
+            self._looks_s = due_s
+            self._sooner.notify()
+
+    def _hedge_due_s(self, state: RequestState, now_s: float) -> float:
+        """Locked: when a read that was overtaken will be a straggler; inf for never."""
+        limit_s = self._hedger.limit_s
+        times = (read.started_s + limit_s for read in state.reads if read.is_overtaken_once)
+        return min((time_s for time_s in times if time_s > now_s), default=math.inf)
 
     def _start_threads(self) -> None:
         if not self._threads:
@@ -152,35 +176,33 @@ class Pool:
         thread.start()
 
     def _keep_time(self) -> None:
-        """Body of the clock thread: deadlines, and decoding that has to begin."""
-        with self.cond:
+        """Body of the clock thread: deadlines, and decoding or a hedged read that has to begin."""
+        with self.lock:
             while not self._closed:
-                now_s = time.monotonic()
-                if any([state.tick(now_s) for state in self._active]):
+                left_s = self._looks_s - time.monotonic()
+                if left_s > 0:
+                    self._sooner.wait(None if math.isinf(left_s) else left_s)
+                else:
+                    self._looks_s = math.inf
                     self._changed()
-                due_s = min((state.next_due_s(now_s) for state in self._active), default=math.inf)
-                hedge_s = self._hedger.limit_s
-                if any(state.reads for state in self._active) and math.isfinite(hedge_s):
-                    due_s = min(due_s, now_s + hedge_s)
-                wait_s = None if math.isinf(due_s) else max(0.0, due_s - now_s)
-                if not self.cond.wait(wait_s):
-                    self.cond.notify_all()
 
     # Reading.
 
     def _read_loop(self) -> None:
         """Body of a reader."""
         while True:
-            with self.cond:
+            with self.lock:
                 found = self._next_read()
                 while found is None and not self._closed:
                     self._idle_readers += 1
-                    self.cond.wait()
+                    self._readable.wait()
                     self._idle_readers -= 1
                     found = self._next_read()
                 if found is None:
                     return
+                # There may be more to read.
                 self._start_reader()
+                self._readable.notify()
             self._transfer(*found)
 
     def _next_read(self) -> tuple[Read, float, int] | None:
@@ -226,7 +248,7 @@ class Pool:
         if under_way or any(state.is_decoding for state in self._active):
             return True
         if any([state.squeeze() for state in self._active]):
-            self.cond.notify_all()
+            self._changed()
             return True
         return False  # one object alone is larger than the bound: without it nothing moves
 
@@ -234,8 +256,8 @@ class Pool:
         """Locked: a read that later ones have overtaken, and that takes longer than they do."""
         for state in self._active:
             for read in state.reads:
-                slow = now_s - read.started_s > self._hedger.limit_s
-                if slow and read.sent == 1 and read.overtaken and self._hedger.spend():
+                slow = now_s >= read.started_s + self._hedger.limit_s
+                if slow and read.is_overtaken_once and self._hedger.spend():
                     read.sent = 2
                     state.hedged_reads += 1
                     self.counts["hedged_reads"] += 1
@@ -254,7 +276,7 @@ class Pool:
                     if part is None:
                         is_missing = True
                         break
-                    with self.cond:
+                    with self.lock:
                         now_s = time.monotonic()
                         if latency_s is None:
                             # What the link was busy with before these bytes is no latency.
@@ -268,18 +290,19 @@ class Pool:
                             break
         except Exception as failure:  # of any store: the chunk is lost, the reader is not
             error = failure
-        with self.cond:
+        with self.lock:
             now_s = time.monotonic()
             self._meter.end(left_bytes=size - got_bytes, latency_s=latency_s)
             if read.done or (error is not None and read.sent > 1 and not read.failed):
                 read.failed = True  # the other call for the same bytes may still answer
             else:
                 self._end_read(read, now_s, got_bytes, is_missing, error)
-            report = read.owner.report()
-            calls = self._active.get(read.owner)
+            entry = self._active.get(read.owner)
+            progress = None if entry is None else entry.calls.progress
+            report = None if progress is None else read.owner.report()
             self._changed()
-        if calls is not None and calls.progress is not None:
-            self._guarded(read.owner, calls.progress, report)
+        if progress is not None and report is not None:
+            self._guarded(read.owner, progress, report)
 
     def _end_read(
         self, read: Read, now_s: float, got_bytes: int, is_missing: bool, error: Exception | None
@@ -320,14 +343,16 @@ class Pool:
     def _work(self) -> None:
         """Body of a worker."""
         while True:
-            with self.cond:
+            with self.lock:
                 task = self._next_task()
                 while task is None and not (self._closed and not self._active):
-                    self.cond.wait()
+                    self._workable.wait()
                     task = self._next_task()
                 if task is None:
                     return
-                calls = self._active[task.request]
+                calls = self._active[task.request].calls
+                if any(state.has_task for state in self._active):
+                    self._workable.notify()
             self._carry_out(task, calls)
 
     def _next_task(self) -> Task | None:
@@ -357,7 +382,7 @@ class Pool:
                 calls.deliver(task.item)
         except Exception as failure:  # a callback may be anybody's: the worker outlives it
             error = failure
-        with self.cond:
+        with self.lock:
             now_s = time.monotonic()
             seconds = now_s - began_s
             if error is None and not fenced:

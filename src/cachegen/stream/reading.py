@@ -56,6 +56,11 @@ class Read:
         return self.owner.chunks[self.chunk].versions[self.version].key.name
 
     @property
+    def is_overtaken_once(self) -> bool:
+        """True if a second call for its bytes may be worth it."""
+        return self.overtaken and self.sent == 1
+
+    @property
     def is_wanted(self) -> bool:
         """False once the request or the chunk has no more use for the answer."""
         stage = self.owner.chunks[self.chunk].stage
@@ -181,6 +186,8 @@ class Reading(ABC):
 
     def _ask(self, now_s: float, link: LinkEstimate, speeds: Speeds) -> bool:
         """Ask the policy. Returns: True if there is something new to do."""
+        if not any(chunk.stage in (Stage.LOADING, Stage.LOST) for chunk in self.chunks):
+            return self._sleep(math.inf, now_s)  # nothing is left to decide
         state = self._plan_state(now_s, link, speeds)
         action = self.policy.next(state) if state.chunks else HandOver()
         if isinstance(action, Fetch):
@@ -205,7 +212,7 @@ class Reading(ABC):
             return is_new or self._sleep(math.inf, now_s)
         if isinstance(action, HandOver):
             self._stop_loading(now_s)
-            return False
+            return self._sleep(math.inf, now_s)
         return self._sleep(action.until_s, now_s)
 
     def _sleep(self, until_s: float, now_s: float) -> bool:

@@ -107,8 +107,8 @@ class RequestState(Reading):
         return starts[::-1]
 
     def next_due_s(self, now_s: float) -> float:
-        """Return when ``tick`` has something to do next, later than now; inf for never."""
-        if self.is_over:
+        """Return when ``tick`` has something to do next, after one now; inf for never."""
+        if self.is_over or self._closing:
             return math.inf
         times = [start for start, chunk in self._decode_starts() if chunk.level is not None]
         times += [self.deadline_s, self._asleep_until_s]
@@ -138,24 +138,39 @@ class RequestState(Reading):
 
     # Decoding and delivery.
 
+    @property
+    def has_task(self) -> bool:
+        """True if ``next_task`` has something for a worker."""
+        return self._next_chunk() is not None
+
     def next_task(self) -> Task | None:
         """Return what a worker should do next. The caller reports back with ``end_task``."""
+        chunk = self._next_chunk()
+        if chunk is None:
+            return None
+        if chunk.stage is Stage.READY and self._decodes:
+            chunk.stage = Stage.DECODING
+            return Task(self, Stage.READY, self._whole(chunk))
+        if chunk.stage is Stage.READY:
+            chunk.item, chunk.stage = self._whole(chunk), Stage.DECODED
+        elif chunk.stage is Stage.RECOMPUTING:
+            chunk.item = chunk.fetched_chunk(Reason.RECOMPUTED)
+        assert chunk.item is not None
+        self._delivering = chunk
+        return Task(self, chunk.stage, chunk.item)
+
+    def _next_chunk(self) -> ChunkProgress | None:
+        """Return the chunk that a worker has to do with next: its turn to be delivered first."""
         if self.is_over or self._closing:
             return None
-        chunk = next((c for c in self.chunks if c.stage is not Stage.RESOLVED), None)
-        if chunk is not None and self._delivering is None:
-            if chunk.stage is Stage.READY and not self._decodes:
-                chunk.item, chunk.stage = self._whole(chunk), Stage.DECODED
-            if chunk.stage is Stage.RECOMPUTING:
-                chunk.item = chunk.fetched_chunk(Reason.RECOMPUTED)
-            if chunk.stage in (Stage.DECODED, Stage.RECOMPUTING) and chunk.item is not None:
-                self._delivering = chunk
-                return Task(self, chunk.stage, chunk.item)
-        for chunk in self.chunks if self._decodes else ():
-            if chunk.stage is Stage.READY:
-                chunk.stage = Stage.DECODING
-                return Task(self, Stage.READY, self._whole(chunk))
-        return None
+        first = next((c for c in self.chunks if c.stage is not Stage.RESOLVED), None)
+        if first is not None and self._delivering is None:
+            if first.stage in (Stage.DECODED, Stage.RECOMPUTING):
+                return first
+            if first.stage is Stage.READY and not self._decodes:
+                return first
+        ready = (chunk for chunk in self.chunks if chunk.stage is Stage.READY)
+        return next(ready, None) if self._decodes else None
 
     @property
     def is_decoding(self) -> bool:
@@ -231,8 +246,8 @@ class RequestState(Reading):
 
     def _stop_loading(self, now_s: float) -> None:
         """Decode what is here and give up the rest."""
-        self.has_work = True
         for chunk in self.chunks:
+            self.has_work |= chunk.stage in (Stage.LOADING, Stage.LOST)
             if chunk.stage is Stage.LOADING and chunk.level is not None:
                 chunk.stage = Stage.READY
             elif chunk.stage in (Stage.LOADING, Stage.LOST):
