@@ -49,7 +49,7 @@ class TransformSource(NamedTuple):
     """
 
     tokens: int
-    passes: Sequence[tuple[int, Symbols]]
+    passes: Sequence[tuple[int, memoryview]]
     side: Symbols
     basis: PackedBasis
     classes: Symbols
