@@ -213,6 +213,7 @@ NB_MODULE(_core, m) {
     bind_encode(m);
     bind_planes(m);
     bind_profile(m);
+    bind_sparse(m);
 
     m.def("isa", [] { return kernels().isa; });
     m.def("select_isa", select_isa, "isa"_a);

@@ -24,5 +24,6 @@ void bind_fused(nanobind::module_& m);
 void bind_encode(nanobind::module_& m);
 void bind_planes(nanobind::module_& m);
 void bind_profile(nanobind::module_& m);
+void bind_sparse(nanobind::module_& m);
 
 }  // namespace cachegen

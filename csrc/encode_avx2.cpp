@@ -198,16 +198,19 @@ void encode_steps_avx2(const StepsJob& job) {
     const __m256i active[2] = {load(masks), load(masks + kHalf)};
     States states[kMaxPasses][2];
     uint16_t* out[kMaxPasses];
-    for (unsigned pass = 0; pass <= job.refinements; ++pass) {
+    const unsigned first_pass = job.rounds ? 0 : 1;
+    for (unsigned pass = first_pass; pass <= job.refinements; ++pass) {
         for (unsigned i = 0; i < 2; ++i)
             states[pass][i] = load_states(job.runs[pass].state + i * kHalf);
         out[pass] = job.runs[pass].words;
     }
     for (size_t step = job.steps; step-- > 0;) {
-        const CoarseEncodeTable& coarse = job.coarse[job.runs[0].models[step]];
-        for (unsigned i = 0; i < 2; ++i)
-            encode_coarse(states[0][i], job.symbols + step * kLanes + i * kHalf, coarse, active[i],
-                          out[0]);
+        if (first_pass == 0) {
+            const CoarseEncodeTable& coarse = job.coarse[job.runs[0].models[step]];
+            for (unsigned i = 0; i < 2; ++i)
+                encode_coarse(states[0][i], job.symbols + step * kLanes + i * kHalf, coarse,
+                              active[i], out[0]);
+        }
         const uint16_t* const codes = job.codes + step * kLanes;
         for (unsigned pass = 1; pass <= job.refinements; ++pass) {
             const RefineEncodeTable& table = job.refine[job.runs[pass].models[step]];
@@ -219,7 +222,7 @@ void encode_steps_avx2(const StepsJob& job) {
             }
         }
     }
-    for (unsigned pass = 0; pass <= job.refinements; ++pass) {
+    for (unsigned pass = first_pass; pass <= job.refinements; ++pass) {
         // Idle lanes went through the motions; their states must stay.
         uint32_t state[kLanes];
         for (unsigned i = 0; i < 2; ++i) store_states(states[pass][i], state + i * kHalf);
@@ -257,21 +260,74 @@ void count_channel_avx2(const uint16_t* codes, const uint8_t* symbols, const uin
     count_coarse(symbols, places, stride, counts);
 }
 
+// 8 tokens by 16 elements at a time: interleaving row i with row i + 4 three times turns 8 x 8
+// elements in each half of the registers.
+void read_tile_avx2(const std::byte* const* memory, size_t count, float* rows) {
+    constexpr size_t kWidth = 16, kHeight = 8;
+    const size_t whole = count / kWidth * kWidth;
+    for (size_t begin = 0; begin < whole; begin += kWidth)
+        for (size_t e = 0; e < kLanes; e += kHeight) {
+            __m256i tile[kHeight];
+#pragma GCC unroll 8
+            for (size_t i = 0; i < kHeight; ++i) tile[i] = load(memory[e + i] + 2 * begin);
+#pragma GCC unroll 3
+            for (int round = 0; round < 3; ++round) {
+                __m256i next[kHeight];
+#pragma GCC unroll 4
+                for (size_t i = 0; i < kHeight / 2; ++i) {
+                    next[2 * i] = _mm256_unpacklo_epi16(tile[i], tile[i + 4]);
+                    next[2 * i + 1] = _mm256_unpackhi_epi16(tile[i], tile[i + 4]);
+                }
+#pragma GCC unroll 8
+                for (size_t i = 0; i < kHeight; ++i) tile[i] = next[i];
+            }
+#pragma GCC unroll 8
+            for (size_t i = 0; i < kHeight; ++i) {
+                const auto put = [&](size_t row, __m128i bits) {
+                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + row * kLanes + e),
+                                        _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+                };
+                put(begin + i, _mm256_castsi256_si128(tile[i]));
+                put(begin + i + kHeight, _mm256_extracti128_si256(tile[i], 1));
+            }
+        }
+    for (size_t i = whole; i < count; ++i)
+        for (size_t e = 0; e < kLanes; ++e) {
+            uint16_t bits;
+            std::memcpy(&bits, memory[e] + 2 * i, sizeof bits);
+            rows[i * kLanes + e] = KVTraits<KVType::BFloat16>::to_float(bits);
+        }
+}
+
 unsigned code_lengths_avx2(const uint16_t* counts, const int16_t* costs, size_t size,
                            uint32_t* lengths) {
-    std::fill_n(lengths, kWays, 0u);
-    for (size_t pair = 0; pair < size / 2; ++pair, costs += 2 * kWays) {
-        int both;
-        std::memcpy(&both, counts + 2 * pair, sizeof both);
-        if (!both) continue;
-        const __m256i times = _mm256_set1_epi32(both);
-        for (size_t way = 0; way < kWays; way += 8) {
-            auto* const at = reinterpret_cast<__m256i*>(lengths + way);
-            _mm256_storeu_si256(at, _mm256_add_epi32(_mm256_loadu_si256(at),
-                                                     _mm256_madd_epi16(times, load(costs + 2 * way))));
+    constexpr size_t kRegisters = 8, kEach = 8;  // ways of a register
+    static_assert(kWays % (kRegisters * kEach) == 0);
+    __m256i least = _mm256_set1_epi32(-1);
+    for (size_t way = 0; way < kWays; way += kRegisters * kEach) {
+        __m256i sums[kRegisters];
+#pragma GCC unroll 8
+        for (__m256i& sum : sums) sum = _mm256_setzero_si256();
+        for (size_t pair = 0; pair < size / 2; ++pair) {
+            int both;
+            std::memcpy(&both, counts + 2 * pair, sizeof both);
+            if (!both) continue;
+            const __m256i times = _mm256_set1_epi32(both);
+            const int16_t* const row = costs + 2 * (pair * kWays + way);
+#pragma GCC unroll 8
+            for (size_t i = 0; i < kRegisters; ++i)
+                sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(times, load(row + 16 * i)));
+        }
+#pragma GCC unroll 8
+        for (size_t i = 0; i < kRegisters; ++i) {
+            least = _mm256_min_epu32(least, sums[i]);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(lengths + way + kEach * i), sums[i]);
         }
     }
-    return static_cast<unsigned>(std::min_element(lengths, lengths + kWays) - lengths);
+    uint32_t each[kEach];
+    std::memcpy(each, &least, sizeof each);
+    return static_cast<unsigned>(
+        std::find(lengths, lengths + kWays, *std::min_element(each, each + kEach)) - lengths);
 }
 
 }  // namespace cachegen

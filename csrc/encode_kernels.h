@@ -83,7 +83,7 @@ struct StepsJob {
     size_t steps;
     unsigned lanes;
     unsigned refinements;
-    unsigned rounds;  // 3, 5 or 6: enough for all coarse models of these steps
+    unsigned rounds;  // 3, 5 or 6: enough for all coarse models of these steps; 0: not pass 0
     const CoarseEncodeTable* coarse;
     const RefineEncodeTable* refine;
     PassRun* runs;  // pass 0, then the refinements

@@ -37,7 +37,7 @@ inline uint32_t divide_state(uint32_t& state, uint32_t freq, uint16_t*& words) {
     for (size_t step = job.steps; step-- > 0;) {
         const uint8_t* const symbols = job.symbols + step * kLanes;
         const uint16_t* const codes = job.codes + step * kLanes;
-        for (unsigned pass = 0; pass <= job.refinements; ++pass) {
+        for (unsigned pass = job.rounds ? 0 : 1; pass <= job.refinements; ++pass) {
             PassRun& run = job.runs[pass];
             const size_t model = run.models[step];
             uint16_t* words = run.words;

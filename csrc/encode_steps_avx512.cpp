@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "divide_avx512.h"
 #include "encode_avx512.h"
 #include "rans_simd.h"
 
@@ -18,22 +19,6 @@ inline __m512i words(int value) { return _mm512_set1_epi16(static_cast<short>(va
 struct States {
     __m512i high, low;
 };
-
-// A number of 32 bits for each even element, and for each odd one.
-struct Wide {
-    __m512i even, odd;
-};
-
-inline Wide join(__m512i low, __m512i high) {
-    return {_mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(high, 16)),
-            _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high)};
-}
-inline __m512i low_halves(const Wide& x) {
-    return _mm512_mask_blend_epi16(0xaaaaaaaa, x.even, _mm512_slli_epi32(x.odd, 16));
-}
-inline __m512i high_halves(const Wide& x) {
-    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(x.even, 16), x.odd);
-}
 
 inline States load_states(const uint32_t* state) {
     const auto half = [&](int shift) {
@@ -53,16 +38,10 @@ inline void store_states(const States& x, uint32_t* state) {
     for (unsigned e = 0; e < kLanes; ++e) state[e] = uint32_t{high[e]} << 16 | low[e];
 }
 
-// What a symbol needs of its model: its frequency, and reciprocals of it.
-struct Divisor {
-    __m512i freq;
-    __m512 even, odd;
-};
-
 // Moves words out where the state has no room for the symbol, leaves the quotient in `x`, low half
 // and the upper 4 of 20 bits with anything above them, and returns the rank.
-[[gnu::always_inline]] inline __m512i divide(States& x, const Divisor& by, __mmask32 active,
-                                             uint16_t*& out) {
+[[gnu::always_inline]] inline __m512i take_quotient(States& x, const Divisor& by,
+                                                    __mmask32 active, uint16_t*& out) {
     // x >= freq << 20; no frequency is 4096, so 16 times one fits.
     const __mmask32 spills =
         _mm512_mask_cmpge_epu16_mask(active, x.high, _mm512_slli_epi16(by.freq, 4));
@@ -71,22 +50,9 @@ struct Divisor {
     out += count_bits(spills);
     const __m512i low = _mm512_mask_mov_epi16(x.low, spills, x.high);
     const __m512i high = _mm512_mask_sub_epi16(x.high, spills, x.high, x.high);
-
-    // The product (kReciprocalFactor) less a half, rounded, is the quotient or one less; at 2^23
-    // the unit of a float is 1, so it stands in the low bits of the sum.
-    const Wide state = join(low, high);
-    const auto quotient_of = [](__m512i state, __m512 reciprocal) {
-        return _mm512_castps_si512(_mm512_fmadd_ps(_mm512_cvtepu32_ps(state), reciprocal,
-                                                   _mm512_set1_ps(0x1p23f - 0.5f)));
-    };
-    const Wide quotient{quotient_of(state.even, by.even), quotient_of(state.odd, by.odd)};
-    const __m512i quotient_low = low_halves(quotient), quotient_high = high_halves(quotient);
-    const __m512i rank = _mm512_sub_epi16(low, _mm512_mullo_epi16(quotient_low, by.freq));
-    const __mmask32 one_less = _mm512_cmpge_epu16_mask(rank, by.freq);
-    x.low = _mm512_mask_add_epi16(quotient_low, one_less, quotient_low, words(1));
-    const __mmask32 carry = _mm512_mask_testn_epi16_mask(one_less, x.low, x.low);
-    x.high = _mm512_mask_add_epi16(quotient_high, carry, quotient_high, words(1));
-    return _mm512_mask_sub_epi16(rank, one_less, rank, by.freq);
+    const Divided divided = divide(high, low, by);
+    x = {divided.high, divided.low};
+    return divided.rank;
 }
 
 // x = quotient << 12 | slot
@@ -108,7 +74,7 @@ template <unsigned kRounds>
     const Divisor by{_mm512_permutexvar_epi16(symbol, load(table.freq)), reciprocal(symbol),
                      reciprocal(_mm512_srli_epi32(symbol, 16))};
     const __m512i first = _mm512_permutexvar_epi16(symbol, load(table.first));
-    const __m512i position = _mm512_add_epi16(first, divide(x, by, active, out));
+    const __m512i position = _mm512_add_epi16(first, take_quotient(x, by, active, out));
     // Of 64 entries the upper half is for positions from begin[32] on: two look-ups, the second
     // under a mask, cost less than one in both halves.
     __mmask32 upper = 0;
@@ -137,7 +103,7 @@ template <unsigned kRounds>
     const __m512 reciprocals = _mm512_load_ps(table.reciprocal);
     const Divisor by{find(table.freq), _mm512_permutexvar_ps(entry, reciprocals),
                      _mm512_permutexvar_ps(_mm512_srli_epi32(entry, 16), reciprocals)};
-    const __m512i rank = divide(x, by, active, out);
+    const __m512i rank = take_quotient(x, by, active, out);
     __m512i slot = _mm512_add_epi16(rank, find(table.base));
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
@@ -149,19 +115,22 @@ template <unsigned kRounds>
 
 template <unsigned kRefinements, unsigned kRounds>
 void encode_all(const StepsJob& job) {
+    constexpr unsigned kFirst = kRounds ? 0 : 1;  // pass
     const __mmask32 active = ~uint32_t{0} << (kLanes - job.lanes);
     States states[kRefinements + 1];
     uint16_t* out[kRefinements + 1];
     const uint16_t* models[kRefinements + 1];
-    for (unsigned pass = 0; pass <= kRefinements; ++pass) {
+    for (unsigned pass = kFirst; pass <= kRefinements; ++pass) {
         states[pass] = load_states(job.runs[pass].state);
         out[pass] = job.runs[pass].words;
         models[pass] = job.runs[pass].models;
     }
     for (size_t step = job.steps; step-- > 0;) {
-        const __m512i symbol = _mm512_cvtepu8_epi16(_mm256_loadu_si256(
-            reinterpret_cast<const __m256i*>(job.symbols + step * kLanes)));
-        encode_coarse<kRounds>(states[0], symbol, job.coarse[models[0][step]], active, out[0]);
+        if constexpr (kRounds > 0) {
+            const __m512i symbol = _mm512_cvtepu8_epi16(_mm256_loadu_si256(
+                reinterpret_cast<const __m256i*>(job.symbols + step * kLanes)));
+            encode_coarse<kRounds>(states[0], symbol, job.coarse[models[0][step]], active, out[0]);
+        }
         const __m512i code = _mm512_loadu_si512(job.codes + step * kLanes);
 #pragma GCC unroll 5
         for (unsigned pass = 1; pass <= kRefinements; ++pass) {
@@ -169,7 +138,7 @@ void encode_all(const StepsJob& job) {
             encode_refined(states[pass], entry, job.refine[models[pass][step]], active, out[pass]);
         }
     }
-    for (unsigned pass = 0; pass <= kRefinements; ++pass) {
+    for (unsigned pass = kFirst; pass <= kRefinements; ++pass) {
         // Idle lanes went through the motions; their states must stay.
         uint32_t state[kLanes];
         store_states(states[pass], state);
@@ -182,6 +151,7 @@ void encode_all(const StepsJob& job) {
 template <unsigned kRefinements>
 void encode_rounds(const StepsJob& job) {
     switch (job.rounds) {
+        case 0: return encode_all<kRefinements, 0>(job);
         case 3: return encode_all<kRefinements, 3>(job);
         case 5: return encode_all<kRefinements, 5>(job);
         default: return encode_all<kRefinements, 6>(job);

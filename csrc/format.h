@@ -23,6 +23,9 @@ inline constexpr unsigned kMaxSymbol = 255;
 inline constexpr uint8_t kNoEscape = 255;
 inline constexpr uint32_t kStateMin = 1u << 16;  // states live in [2^16, 2^32)
 inline constexpr uint64_t kMaxStreamSteps = 1u << 24;
+// An encoder writes a matrix sparsely if at most one symbol of so many is not 0: about where entropy
+// coding takes as many bytes, and ten times as long.
+inline constexpr uint64_t kSparseShare = 256;
 
 inline constexpr uint64_t ceil_div(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
 

@@ -37,13 +37,14 @@ public:
         }
         find_models();
         find_sparse();
-        set_escapes_apart();
-        for (unsigned pass = 0; pass < settings_.passes; ++pass) {
+        if (!is_sparse_) set_escapes_apart();
+        for (unsigned pass = first_pass(); pass < settings_.passes; ++pass) {
             buffers_.bodies_[pass].resize(4 + 8 * streams_);
             put_u32(buffers_.bodies_[pass], 0, kPassStreamSteps);
         }
-        for (uint64_t stream = 0; stream < streams_; ++stream) encode_stream(stream);
-        for (unsigned pass = 0; pass < settings_.passes; ++pass)
+        if (first_pass() < settings_.passes)
+            for (uint64_t stream = 0; stream < streams_; ++stream) encode_stream(stream);
+        for (unsigned pass = first_pass(); pass < settings_.passes; ++pass)
             group_.passes[pass].body = buffers_.bodies_[pass];
         if (is_sparse_) {
             group_.passes[0] = {EncodedPass::Kind::Sparse, write_sparse(sparse_, shape_)};
@@ -55,6 +56,9 @@ public:
     }
 
 private:
+    // Of those that are entropy-coded.
+    unsigned first_pass() const { return is_sparse_ ? 1 : 0; }
+
     static void put_u32(std::vector<uint8_t>& body, size_t at, uint64_t value) {
         const auto low = static_cast<uint32_t>(value);
         std::memcpy(body.data() + at, &low, sizeof low);
@@ -93,16 +97,18 @@ private:
     // Looks for the symbols of pass 0 that are not 0, until there are too many.
     void find_sparse() {
         const uint64_t most = shape_.tokens * shape_.channels / kSparseShare;
-        for (uint64_t step = 0; step < shape_.steps(); ++step) {
-            const uint8_t* const symbols = &digits_.symbols[step * kLanes];
-            uint8_t any = 0;
-            for (unsigned e = 0; e < kLanes; ++e) any |= symbols[e];
-            if (!any) [[likely]] continue;
-            for (unsigned e = kLanes; e-- > 0;)
-                if (symbols[e])
-                    sparse_.push_back({step, static_cast<uint8_t>(kLanes - 1 - e), symbols[e]});
-            if (sparse_.size() > most) return;
-        }
+        std::vector<size_t> some;  // channels with any
+        for (size_t c = 0; c < shape_.channels; ++c)
+            if (digits_.most[c]) some.push_back(c);
+        for (uint64_t place = 0; place < shape_.places(); ++place)
+            for (const size_t channel : some) {
+                const uint64_t step = place * shape_.channels + channel;
+                const uint8_t* const symbols = &digits_.symbols[step * kLanes];
+                for (unsigned e = kLanes; e-- > 0;)
+                    if (symbols[e])
+                        sparse_.push_back({step, static_cast<uint8_t>(kLanes - 1 - e), symbols[e]});
+                if (sparse_.size() > most) return;
+            }
         is_sparse_ = true;
     }
 
@@ -133,7 +139,7 @@ private:
             stream_shape(shape_, RawCounter(shape_, {}), kPassStreamSteps, index);
         const size_t room = (stream.end_step - stream.begin_step + 1) * kLanes;
         PassRun runs[kMaxPasses];
-        for (unsigned pass = 0; pass < settings_.passes; ++pass) {
+        for (unsigned pass = first_pass(); pass < settings_.passes; ++pass) {
             std::fill_n(runs[pass].state, kLanes, kStateMin);
             if (buffers_.words_[pass].size() < room) buffers_.words_[pass].resize(room);
             runs[pass].words = buffers_.words_[pass].data();
@@ -145,16 +151,16 @@ private:
             encode_steps(runs, begin, end - begin);
             end = begin;
         }
-        for (unsigned pass = 0; pass < settings_.passes; ++pass)
+        for (unsigned pass = first_pass(); pass < settings_.passes; ++pass)
             finish_stream(pass, stream, runs[pass], index);
     }
 
     void encode_steps(PassRun* runs, uint64_t begin, size_t steps) {
         const uint64_t channel = begin % shape_.channels;
         unsigned rounds = 0;
-        for (size_t i = 0; i < steps; ++i)
+        for (size_t i = 0; i < steps && !is_sparse_; ++i)
             rounds = std::max<unsigned>(rounds, settings_.tables.rounds(models_[0][channel + i]));
-        for (unsigned pass = 0; pass < settings_.passes; ++pass)
+        for (unsigned pass = first_pass(); pass < settings_.passes; ++pass)
             runs[pass].models = &models_[pass][channel];
         kernels().encode_rows.encode_steps(
             {&digits_.codes[begin * kLanes], &digits_.symbols[begin * kLanes], steps,

@@ -1,4 +1,4 @@
-// Kernels for AVX-512 with VBMI and VBMI2 (Ice Lake, Zen 4 and later). docs/entropy-coding.md
+// Kernels for AVX-512 with VBMI, VBMI2, BITALG and GFNI (Ice Lake, Zen 4 and later). docs/entropy-coding.md
 // derives them. The 32 states of a stream are two registers of 16-bit halves.
 #include <immintrin.h>
 
@@ -6,6 +6,7 @@
 
 #include "block_avx2.h"
 #include "dispatch.h"
+#include "divide_avx512.h"
 #include "encode_avx512.h"
 #include "ladder_avx2.h"
 #include "ladder_avx512.h"
@@ -107,35 +108,41 @@ struct Avx512 : Avx512States {
                 _mm512_permutexvar_epi16(symbol, row(table->first)), symbol, 0};
     }
 
-    // (x * reciprocal) cut to an integer, for 16 lanes: the quotient or one less.
+    // Reciprocals of the frequencies of the even lanes.
     template <unsigned K>
-    static __m512i divide(__m512i x, __m512i index, const InverseTable* table) {
-        __m512 reciprocal;
+    static __m512 reciprocals(__m512i index, const InverseTable* table) {
         if constexpr (K == kContextBuckets) {
             const __m512d both = _mm512_insertf64x4(
                 _mm512_castps_pd(_mm512_castps256_ps512(_mm256_load_ps(table[0].reciprocal))),
                 _mm256_castps_pd(_mm256_load_ps(table[1].reciprocal)), 1);
-            reciprocal = _mm512_permutexvar_ps(index, _mm512_castpd_ps(both));
-        } else {
-            reciprocal = _mm512_permutex2var_ps(_mm512_load_ps(table->reciprocal), index,
-                                                _mm512_load_ps(table->reciprocal + 16));
+            return _mm512_permutexvar_ps(index, _mm512_castpd_ps(both));
         }
-        return _mm512_cvttps_epu32(_mm512_mul_ps(_mm512_cvtepu32_ps(x), reciprocal));
+        if constexpr (K == 16)
+            return _mm512_permutexvar_ps(index, _mm512_load_ps(table->reciprocal));
+        return _mm512_permutex2var_ps(_mm512_load_ps(table->reciprocal), index,
+                                      _mm512_load_ps(table->reciprocal + 16));
     }
 
     // The slots at these positions, by binary search for their parts.
     template <unsigned K>
     static __m512i find_slots(__m512i position, __m512i context, const InverseTable* table) {
+        // Of 64 parts the upper half is for positions from part_begin[32] on: two look-ups, the
+        // second under a mask, cost less than one in both halves.
+        __mmask32 upper = 0;
+        if constexpr (K == 32)
+            upper = _mm512_cmpge_epu16_mask(
+                position, _mm512_set1_epi16(static_cast<short>(table->part_begin[32])));
         const auto entries = [&](const uint16_t* own, const uint16_t* next, __m512i at) {
             if constexpr (K == kContextBuckets)
                 return _mm512_permutexvar_epi16(at, pair(own, next));
-            if constexpr (K == 16) return _mm512_permutexvar_epi16(at, row(own));
-            return _mm512_permutex2var_epi16(row(own), at, row(own + 32));
+            const __m512i lower = _mm512_permutexvar_epi16(at, row(own));
+            if constexpr (K == 16) return lower;
+            return _mm512_mask_permutexvar_epi16(lower, upper, at, row(own + 32));
         };
         __m512i part = K == kContextBuckets ? _mm512_slli_epi16(context, 3)
                                             : _mm512_setzero_si512();
 #pragma GCC unroll 6
-        for (unsigned half = K; half; half /= 2) {
+        for (unsigned half = K == 32 ? 16 : K; half; half /= 2) {
             const __m512i middle =
                 _mm512_add_epi16(part, _mm512_set1_epi16(static_cast<short>(half)));
             const __m512i begin = entries(table[0].part_begin, table[1].part_begin, middle);
@@ -169,34 +176,15 @@ struct Avx512 : Avx512States {
             x.low = _mm512_mask_mov_epi16(x.low, spills, x.high);
             x.high = _mm512_maskz_mov_epi16(static_cast<__mmask32>(~spills), x.high);
 
-            // In 32 bits, 16 lanes at a time. Unpacking and packing both work within groups of 8
-            // lanes, so one undoes the other.
-            const __m512i zero = _mm512_setzero_si512();
-            __m512i quotient[2], rank[2];
-            for (int i = 0; i < 2; ++i) {
-                const auto unpack = [&](__m512i low, __m512i high) {
-                    return i ? _mm512_unpackhi_epi16(low, high) : _mm512_unpacklo_epi16(low, high);
-                };
-                const __m512i state = unpack(x.low, x.high), freq = unpack(symbols.freq, zero);
-                quotient[i] = divide<K>(state, unpack(symbols.index, zero), table);
-                rank[i] = _mm512_sub_epi32(state, _mm512_mullo_epi32(quotient[i], freq));
-                const __mmask16 one_less = _mm512_cmpge_epu32_mask(rank[i], freq);
-                rank[i] = _mm512_mask_sub_epi32(rank[i], one_less, rank[i], freq);
-                quotient[i] = _mm512_mask_add_epi32(quotient[i], one_less, quotient[i],
-                                                    _mm512_set1_epi32(1));
-            }
-            const auto pack = [](__m512i a, __m512i b) { return _mm512_packus_epi32(a, b); };
-            const __m512i position =
-                _mm512_add_epi16(symbols.first, pack(rank[0], rank[1]));
-            const __m512i slot = find_slots<K>(position, context, table);
-
+            const Divided divided = divide(
+                x.high, x.low,
+                {symbols.freq, reciprocals<K>(symbols.index, table),
+                 reciprocals<K>(_mm512_srli_epi32(symbols.index, 16), table)});
+            const __m512i slot = find_slots<K>(_mm512_add_epi16(symbols.first, divided.rank),
+                                               context, table);
             // x = quotient << 12 | slot
-            const __m512i low_bits = _mm512_set1_epi32((1 << (16 - kProbBits)) - 1);
-            const __m512i quotient_low = pack(_mm512_and_si512(quotient[0], low_bits),
-                                              _mm512_and_si512(quotient[1], low_bits));
-            x.low = _mm512_or_si512(_mm512_slli_epi16(quotient_low, kProbBits), slot);
-            x.high = pack(_mm512_srli_epi32(quotient[0], 16 - kProbBits),
-                          _mm512_srli_epi32(quotient[1], 16 - kProbBits));
+            x.high = _mm512_shldi_epi16(divided.high, divided.low, kProbBits);
+            x.low = _mm512_or_si512(_mm512_slli_epi16(divided.low, kProbBits), slot);
         }
         // Idle lanes went through the motions; their states must stay.
         uint32_t state[kLanes];

@@ -11,10 +11,6 @@
 
 namespace cachegen {
 
-// An encoder writes a matrix sparsely if at most one symbol of so many is not 0: about where entropy
-// coding takes as many bytes, and ten times as long.
-inline constexpr uint64_t kSparseShare = 256;
-
 struct SparseSymbol {
     uint64_t step;
     uint8_t lane, symbol;

@@ -137,14 +137,15 @@ inline void count_symbols(const uint8_t* symbols, size_t stride, size_t tokens, 
 }
 
 #if defined(__AVX2__)
-// So many registers of 8 classes each, from class `first` on. pairs: of counts.
+// So many registers of 8 classes each, from class `first` on. pairs: of counts, from `begin` to `end`.
 template <size_t kRegisters>
-inline void class_bits_of(const uint32_t* pairs, const int16_t* costs, size_t classes, size_t first,
-                          uint32_t* bits) {
+inline void class_bits_of(const uint32_t* pairs, size_t begin, size_t end, const int16_t* costs,
+                          size_t classes, size_t first, uint32_t* bits,
+                          __m256i& least) {
     __m256i sums[kRegisters];
 #pragma GCC unroll 8
     for (__m256i& sum : sums) sum = _mm256_setzero_si256();
-    for (size_t pair = 0; pair < 16; ++pair) {
+    for (size_t pair = begin; pair < end; ++pair) {
         const __m256i times = _mm256_set1_epi32(static_cast<int>(pairs[pair]));
         const int16_t* const row = costs + 2 * (pair * classes + first);
 #pragma GCC unroll 8
@@ -154,8 +155,10 @@ inline void class_bits_of(const uint32_t* pairs, const int16_t* costs, size_t cl
                                                       reinterpret_cast<const __m256i*>(row + 16 * i))));
     }
 #pragma GCC unroll 8
-    for (size_t i = 0; i < kRegisters; ++i)
+    for (size_t i = 0; i < kRegisters; ++i) {
+        least = _mm256_min_epu32(least, sums[i]);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits + first + 8 * i), sums[i]);
+    }
 }
 #endif
 
@@ -163,23 +166,30 @@ inline uint32_t class_bits(const uint16_t* counts, const int16_t* costs, size_t 
                            uint32_t* __restrict bits) {
     uint32_t pairs[16];  // of counts
     std::memcpy(pairs, counts, sizeof pairs);
-    size_t c = 0;
+    size_t begin = 0, end = 16, c = 0;  // values that occur stand together
+    while (begin < end && !pairs[begin]) ++begin;
+    while (begin < end && !pairs[end - 1]) --end;
+    uint32_t least = ~uint32_t{0};
 #if defined(__AVX2__)
-    for (; c + 56 <= classes; c += 56) class_bits_of<7>(pairs, costs, classes, c, bits);
-    for (; c + 8 <= classes; c += 8) class_bits_of<1>(pairs, costs, classes, c, bits);
+    __m256i eight = _mm256_set1_epi32(-1);
+    for (; c + 56 <= classes; c += 56)
+        class_bits_of<7>(pairs, begin, end, costs, classes, c, bits, eight);
+    for (; c + 8 <= classes; c += 8)
+        class_bits_of<1>(pairs, begin, end, costs, classes, c, bits, eight);
+    uint32_t each[8];
+    std::memcpy(each, &eight, sizeof each);
+    for (const uint32_t one : each) least = std::min(least, one);
 #endif
     std::fill(bits + c, bits + classes, 0u);
-    for (size_t pair = 0; pair < 16; ++pair) {
+    for (size_t pair = begin; pair < end; ++pair) {
         const uint32_t first = counts[2 * pair], second = counts[2 * pair + 1];
-        if (!pairs[pair]) continue;
         for (size_t at = c; at < classes; ++at) {
             const int16_t* const both = costs + 2 * (pair * classes + at);
             bits[at] += first * static_cast<uint32_t>(both[0]) +
                         second * static_cast<uint32_t>(both[1]);
         }
     }
-    uint32_t least = bits[0];
-    for (size_t at = 0; at < classes; ++at) least = std::min(least, bits[at]);
+    for (; c < classes; ++c) least = std::min(least, bits[c]);
     return least;
 }
 

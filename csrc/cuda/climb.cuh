@@ -3,13 +3,15 @@
 // that costs less than to store and load them.
 #pragma once
 
-#include "statistics.cuh"
+#include "step.cuh"
 
 namespace cachegen {
 
 CACHEGEN_DEVICE float chunk_step(const Launch& launch, const Source& source) {
     return at_address<const ChunkState>(launch.active)[source.chunk].step;
 }
+
+inline constexpr uint64_t kMostSteps = (uint64_t{1} << 32) / kLanes;
 
 // A coefficient in finest steps; `inverse` is that of the step.
 CACHEGEN_DEVICE float scaled_at(const Source& source, uint32_t token, uint32_t channel, float mean,
@@ -95,7 +97,7 @@ CACHEGEN_KERNEL(fit_classes)(uint64_t address) {
     for (unsigned i = 0; i < size; ++i) counts[i * kLanes + lane] = 0;
     const float step = chunk_step(launch, source), inverse = quotient(1.0f, step);
     const uint32_t coarse = power_of_three(source.passes - 1);
-    uint32_t largest = 0;
+    uint32_t largest = 0, nonzero = 0;
     if (channel < source.channels) {
         const float mean = at_address<const float>(source.means)[channel];
         for (uint32_t t = 0; t < source.tokens; ++t) {
@@ -111,13 +113,18 @@ CACHEGEN_KERNEL(fit_classes)(uint64_t address) {
                 ++counts[(first + climber.next()) * kLanes + lane];
             }
         }
+        nonzero = source.tokens - counts[lane];
         // Counts have 15 bits: those of longer chunks lose their low bits.
         unsigned shift = 0;
         while (source.tokens >> shift >= 1u << 15) ++shift;
         for (unsigned i = 0; i < size; ++i) counts[i * kLanes + lane] >>= shift;
     }
     largest = warp_max(largest);
-    if (lane == 0) atomic_max(&result_of(source).largest, largest);
+    nonzero = warp_sum(nonzero);
+    if (lane == 0) {
+        atomic_max(&result_of(source).largest, largest);
+        atomic_add(&result_of(source).nonzero, nonzero);
+    }
     sync_warp();
     const uint32_t* const costs = at_address<const uint32_t>(launch.coarse);
     uint64_t of_offset = 0;
@@ -149,7 +156,7 @@ CACHEGEN_KERNEL(fit_classes)(uint64_t address) {
 }
 
 // With a profile: the shift with the shortest code, then all classes. A warp for each group, which
-// also sees whether pass 0 reaches all values.
+// also sees whether pass 0 reaches all values and whether its places have 32 bits.
 CACHEGEN_KERNEL(choose_offset)(uint64_t address) {
     const Launch& launch = *at_address<const Launch>(address);
     const unsigned warp = warp_of_launch(), lane = lane_index();
@@ -158,7 +165,9 @@ CACHEGEN_KERNEL(choose_offset)(uint64_t address) {
     GroupResult& result = result_of(source);
     const float reach =
         product(sum(127.0f, 0.6f), static_cast<float>(power_of_three(source.passes - 1)));
-    if (lane == 0 && as_float(result.largest) > reach) give_up(launch, source.error, kBeyondReach);
+    const uint64_t steps = uint64_t{(source.tokens + kLanes - 1) / kLanes} * source.channels;
+    const bool beyond = as_float(result.largest) > reach || steps >= kMostSteps;
+    if (lane == 0 && beyond) give_up(launch, source.error, kBeyondReach);
     if (!source.deviations) return;
     // Lane n sums shift n - 12 over all tiles.
     uint64_t length = 0;

@@ -68,7 +68,11 @@ inline uint32_t shuffle(uint32_t value, unsigned lane) {
 
 inline unsigned count_bits(uint32_t bits) { return static_cast<unsigned>(std::popcount(bits)); }
 inline void atomic_or(uint32_t* at, uint32_t bits) { *at |= bits; }
-inline void atomic_add(uint32_t* at, uint32_t value) { *at += value; }
+inline uint32_t atomic_add(uint32_t* at, uint32_t value) {
+    const uint32_t before = *at;
+    *at += value;
+    return before;
+}
 inline void atomic_max(uint32_t* at, uint32_t value) { *at = value > *at ? value : *at; }
 inline float as_float(uint32_t bits) { return float_from_bits(bits); }
 inline uint32_t as_bits(float value) { return bits_from_float(value); }

@@ -5,6 +5,7 @@
 
 #include "climb.cuh"
 #include "rans.cuh"
+#include "sparse.cuh"
 
 namespace cachegen {
 
@@ -101,6 +102,34 @@ CACHEGEN_DEVICE Coded coded_at(float value, uint32_t pass, uint32_t coarse) {
     return coded;
 }
 
+// Whether pass 0 of a group is written as places; then it is not coded.
+CACHEGEN_DEVICE bool is_sparse(const Source& source) {
+    return kSparseShare * result_of(source).nonzero <= uint64_t{source.tokens} * source.channels;
+}
+
+// Lists the symbols of pass 0 that are not 0. They are few, so lanes may go their own ways.
+CACHEGEN_CALLED void list_symbols(const Launch& launch, const Source& source, const Run& run) {
+    GroupResult& result = result_of(source);
+    const uint32_t places = (source.tokens + kLanes - 1) / kLanes, channels = source.channels;
+    const uint32_t coarse = power_of_three(source.passes - 1);
+    const float inverse = quotient(1.0f, chunk_step(launch, source));
+    const float* const means = at_address<const float>(source.means);
+    uint2* const pairs = at_address<uint2>(source.pairs);
+    for (uint32_t step = run.begin_step, count; step < run.end_step; step += count) {
+        const uint32_t place = step / channels, first = step % channels;
+        const uint32_t token = lane_index() * places + place;
+        count = min_of(run.end_step - step, channels - first);
+        if (token >= source.tokens || is_exempt(source, token)) continue;
+        for (uint32_t i = 0; i < count; ++i) {
+            const float value = scaled_at(source, token, first + i, means[first + i], inverse);
+            const uint32_t symbol = Climber(value, coarse).coarse_symbol();
+            if (!symbol) continue;
+            const uint32_t at = atomic_add(&result.listed, 1);
+            if (at < result.nonzero) pairs[at] = uint2{(step + i) * kLanes + lane_index(), symbol};
+        }
+    }
+}
+
 // One pass of one group; launch.coarse and refine: inverses of the frozen tables.
 CACHEGEN_KERNEL(encode_progressive)(uint64_t address) {
     const Launch& launch = *at_address<const Launch>(address);
@@ -108,6 +137,7 @@ CACHEGEN_KERNEL(encode_progressive)(uint64_t address) {
     if (index >= launch.count) return;
     const Run& run = at_address<const Run>(launch.streams)[index];
     const Source& source = source_of(launch, run.owner);
+    if (run.pass == 0 && is_sparse(source)) return list_symbols(launch, source, run);
     uint32_t* const tile = reinterpret_cast<uint32_t*>(block_shared()) +
                            thread_index() / kLanes * kBlockSteps * kInverseWords<32>;
     const uint32_t above = lanes_above(lane), places = (source.tokens + kLanes - 1) / kLanes;

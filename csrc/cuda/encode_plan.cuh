@@ -44,13 +44,14 @@ struct Source {
     uint64_t forward;     // halves, a row of `stride` for each component
     uint64_t forward_low; // what rounding to halves lost, 0: nothing
     uint64_t centre;      // floats: what is subtracted before the transform
+    uint64_t pairs;       // of a sparse pass 0, see sparse.cuh, in any order
     uint32_t tokens, channels, stride, passes;
     uint32_t plane, planes;  // first one, number of them
     uint32_t chunk, sinks, error, tiles;
     uint32_t components;
     float forward_scale;
 };
-static_assert(sizeof(Source) == 192);
+static_assert(sizeof(Source) == 200);
 
 // What the host learns of a group.
 struct GroupResult {
@@ -62,8 +63,10 @@ struct GroupResult {
     uint32_t exempt;
     int32_t offset;
     uint32_t done;     // no more outliers
+    uint32_t nonzero;  // symbols of pass 0 that are not 0
+    uint32_t listed;   // how many of them are among the pairs
 };
-static_assert(sizeof(GroupResult) == 224);
+static_assert(sizeof(GroupResult) == 232);
 
 // One chunk of progressive.
 struct ChunkState {

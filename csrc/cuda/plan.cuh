@@ -16,7 +16,7 @@ inline constexpr unsigned kRows = 88;
 inline constexpr int kLowestRow = -24;
 
 inline constexpr uint32_t kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2;
-inline constexpr uint32_t kRans = 1, kPacked = 2, kBytes = 3;  // kinds of segments
+inline constexpr uint32_t kRans = 1, kPacked = 2, kBytes = 3, kSparse = 4;  // kinds of segments
 
 // What a kernel found wrong with a segment. The host decodes it again to name the error.
 inline constexpr uint32_t kBadStream = 1, kBadSymbol = 2, kBadScale = 4, kBadSlot = 8;
@@ -30,7 +30,8 @@ CACHEGEN_DEVICE uint32_t min_of(uint32_t a, uint32_t b) { return a < b ? a : b; 
 
 // One stream of a segment: where its parts lie, which steps it holds.
 struct Stream {
-    uint64_t base;      // address of the lane states; the other offsets are from here
+    uint64_t base;      // address of the lane states; the other offsets are from here. Of a sparse
+                        // pass the address of the first pair, see sparse.cuh
     uint32_t raw;       // bytes
     uint32_t words;     // bytes
     uint32_t word_count;

@@ -6,6 +6,7 @@
 
 #include "rans.cuh"
 #include "sink.cuh"
+#include "sparse.cuh"
 
 namespace cachegen {
 
@@ -57,8 +58,8 @@ CACHEGEN_DEVICE float power_of_3(uint32_t n) {
 
 // Fills tables and channels for `steps` channels from c on. All lanes of the warp help.
 template <unsigned kPasses>
-CACHEGEN_DEVICE void load_block(const Launch& launch, const Group& group, uint32_t c,
-                                unsigned steps, unsigned lane, WarpMemory& memory) {
+CACHEGEN_DEVICE void load_block(const Launch& launch, const Group& group, bool coarse_is_coded,
+                                uint32_t c, unsigned steps, unsigned lane, WarpMemory& memory) {
     const uint32_t mine = c + min_of(lane % kBlockSteps, steps - 1);
     const uint32_t group_class = at_address<const uint8_t>(group.classes)[mine];
     const uint32_t coarse_model = model_of(group_class, group.total_passes - 1);
@@ -68,10 +69,12 @@ CACHEGEN_DEVICE void load_block(const Launch& launch, const Group& group, uint32
         const uint32_t escape = at_address<const uint8_t>(launch.coarse_escapes)[coarse_model];
         memory.channels[lane] = Channel{add.x, add.y, mean, escape};
     }
-    const Bucket* const coarse = at_address<const Bucket>(launch.coarse);
+    if (coarse_is_coded) {
+        const Bucket* const coarse = at_address<const Bucket>(launch.coarse);
 CACHEGEN_UNROLL
-    for (unsigned i = 0; i < kBlockSteps; ++i)
-        memory.coarse[i * 32 + lane] = coarse[shuffle(coarse_model, i) * 32 + lane];
+        for (unsigned i = 0; i < kBlockSteps; ++i)
+            memory.coarse[i * 32 + lane] = coarse[shuffle(coarse_model, i) * 32 + lane];
+    }
     // Both contexts of a refinement are 8 buckets, so 32 lanes load those of four channels.
     const Bucket* const refine = at_address<const Bucket>(launch.refine);
 CACHEGEN_UNROLL
@@ -93,9 +96,11 @@ struct Values {
     uint32_t significant, late, negative;
 };
 
+// sparse: eight bits for each step, symbols of pass 0 where it is sparse.
 template <unsigned kPasses>
 CACHEGEN_DEVICE void decode_block(const Group& group, Decoder (&decoders)[kPasses],
-                                  const bool (&is_coded)[kPasses], const float (&sizes)[kPasses],
+                                  const bool (&is_coded)[kPasses], bool is_sparse,
+                                  uint64_t sparse, const float (&sizes)[kPasses],
                                   const WarpMemory& memory, uint32_t row, uint32_t c,
                                   unsigned steps, bool active, uint32_t below, Values& values,
                                   uint32_t& wrong) {
@@ -113,6 +118,8 @@ CACHEGEN_UNROLL
             symbol = take<32>(state, memory.coarse + i * 32);
             if (active) decoders[0].state = state;
             decoders[0].refill(active, below);
+        } else if (is_sparse) {
+            symbol = sparse >> 8 * i & 0xff;
         } else if (active) {
             symbol = at_address<const uint8_t>(group.passes[0].body)[at];
         }
@@ -316,6 +323,9 @@ CACHEGEN_UNROLL
         decoders[j] = Decoder{kStateMin, nullptr, 0, 0, 0};
         if (is_coded[j]) decoders[j].open(streams[group.passes[j].first_stream + stream.first], lane);
     }
+    const bool is_sparse = group.passes[0].kind == kSparse;
+    SparseReader pairs{};
+    if (is_sparse) pairs.open(stream.base);
     uint32_t wrong = 0, escapes_taken = 0, last_active = 0;
     uint32_t current_place = 0xffffffffu, plane_end = 0;
 
@@ -334,11 +344,12 @@ CACHEGEN_UNROLL
 CACHEGEN_UNROLL
         for (unsigned j = 0; j < kPasses; ++j) decoders[j].look_ahead(lane);
         sync_warp();
-        load_block<kPasses>(launch, group, c, steps, lane, memory);
+        load_block<kPasses>(launch, group, is_coded[0], c, steps, lane, memory);
         sync_warp();
+        const uint64_t sparse = is_sparse ? pairs.take(step, steps, lane) : 0;
 
         Values values;
-        decode_block<kPasses>(group, decoders, is_coded, sizes, memory, token, c, steps, active, below, values, wrong);
+        decode_block<kPasses>(group, decoders, is_coded, is_sparse, sparse, sizes, memory, token, c, steps, active, below, values, wrong);
         bool starved = false, escaped = false;
 CACHEGEN_UNROLL
         for (unsigned j = 0; j < kPasses; ++j) starved |= decoders[j].starved();

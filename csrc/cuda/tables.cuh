@@ -119,42 +119,46 @@ CACHEGEN_DEVICE void build_inverse(const uint8_t* freqs, unsigned alphabet, uint
     }
 }
 
-// Items are Models; each gets `extra` blocks of 128 threads, enough for the largest.
-CACHEGEN_KERNEL(build_tables)(uint64_t address) {
+// Items are Models; each gets `extra` blocks of 128 threads, enough for the largest. build gets a
+// thread's set, the frequencies of its model and the number of buckets before it.
+template <class Build>
+CACHEGEN_DEVICE void for_each_model(uint64_t address, const Build& build) {
     const Launch& launch = *at_address<const Launch>(address);
     const Models& models = at_address<const Models>(launch.items)[block_index() / launch.extra];
     const unsigned n = block_index() % launch.extra * 128 + thread_index();
     if (n >= models.count) return;
     const uint8_t* const freqs =
         at_address<const uint8_t>(models.freqs) + uint64_t{2} * n * models.alphabet;
-    Bucket* const out = at_address<Bucket>(models.buckets) + uint64_t{n} * models.kind;
     uint32_t wrong = 0;
-    if (models.kind == 4)
-        build_model<4>(freqs, models.alphabet, out, wrong);
-    else if (models.kind == 16)
-        build_model<16>(freqs, models.alphabet, out, wrong);
-    else
-        build_model<32>(freqs, models.alphabet, out, wrong);
+    build(models, freqs, uint64_t{n} * models.kind, wrong);
     if (wrong) atomic_or(at_address<uint32_t>(launch.errors) + models.error, wrong);
+}
+
+CACHEGEN_KERNEL(build_tables)(uint64_t address) {
+    for_each_model(address, [](const Models& models, const uint8_t* freqs, uint64_t bucket,
+                               uint32_t& wrong) {
+        Bucket* const out = at_address<Bucket>(models.buckets) + bucket;
+        if (models.kind == 4)
+            build_model<4>(freqs, models.alphabet, out, wrong);
+        else if (models.kind == 16)
+            build_model<16>(freqs, models.alphabet, out, wrong);
+        else
+            build_model<32>(freqs, models.alphabet, out, wrong);
+    });
 }
 
 // The same for inverses: Models whose `buckets` are inverses.
 CACHEGEN_KERNEL(build_inverses)(uint64_t address) {
-    const Launch& launch = *at_address<const Launch>(address);
-    const Models& models = at_address<const Models>(launch.items)[block_index() / launch.extra];
-    const unsigned n = block_index() % launch.extra * 128 + thread_index();
-    if (n >= models.count) return;
-    const uint8_t* const freqs =
-        at_address<const uint8_t>(models.freqs) + uint64_t{2} * n * models.alphabet;
-    uint32_t* const out = at_address<uint32_t>(models.buckets) + uint64_t{3} * n * models.kind;
-    uint32_t wrong = 0;
-    if (models.kind == 4)
-        build_inverse<4>(freqs, models.alphabet, out, wrong);
-    else if (models.kind == 16)
-        build_inverse<16>(freqs, models.alphabet, out, wrong);
-    else
-        build_inverse<32>(freqs, models.alphabet, out, wrong);
-    if (wrong) atomic_or(at_address<uint32_t>(launch.errors) + models.error, wrong);
+    for_each_model(address, [](const Models& models, const uint8_t* freqs, uint64_t bucket,
+                               uint32_t& wrong) {
+        uint32_t* const out = at_address<uint32_t>(models.buckets) + kInverseWords<1> * bucket;
+        if (models.kind == 4)
+            build_inverse<4>(freqs, models.alphabet, out, wrong);
+        else if (models.kind == 16)
+            build_inverse<16>(freqs, models.alphabet, out, wrong);
+        else
+            build_inverse<32>(freqs, models.alphabet, out, wrong);
+    });
 }
 
 }  // namespace cachegen

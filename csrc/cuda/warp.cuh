@@ -73,7 +73,8 @@ CACHEGEN_DEVICE uint32_t load_word(const uint16_t* at) {
 
 CACHEGEN_DEVICE unsigned count_bits(uint32_t bits) { return static_cast<unsigned>(__popc(bits)); }
 CACHEGEN_DEVICE void atomic_or(uint32_t* at, uint32_t bits) { atomicOr(at, bits); }
-CACHEGEN_DEVICE void atomic_add(uint32_t* at, uint32_t value) { atomicAdd(at, value); }
+// Returns what was there before.
+CACHEGEN_DEVICE uint32_t atomic_add(uint32_t* at, uint32_t value) { return atomicAdd(at, value); }
 CACHEGEN_DEVICE void atomic_max(uint32_t* at, uint32_t value) { atomicMax(at, value); }
 CACHEGEN_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 CACHEGEN_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }

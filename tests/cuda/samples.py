@@ -70,6 +70,33 @@ def draw_kv(
     return KVChunk.from_layers([LayerKV(plane(), plane()) for _ in range(layers)])
 
 
+def few_wide_values(tokens: int = 200, dim: int = 16, *, share: float = 0.0005) -> KVChunk:
+    """Values of one spread, but for a few: the first pass of a fine ladder is nearly all zero."""
+    rng = np.random.default_rng(5)
+    kv = rng.normal(size=(2, 2, tokens, 2, dim))
+    kv[rng.random(kv.shape) < share] *= 20
+    return KVChunk.from_array(kv.astype(BFLOAT16))
+
+
+SPARSE_CODEC = ProgressiveCodec(passes=4, step=0.3)
+
+
+def sparse_samples() -> Iterator[Sample]:
+    """Objects whose groups have sparse first passes, cut behind different passes."""
+    for tokens, dim in ((200, 16), (70, 40), (33, 12), (40, 9)):
+        for half in (0, dim // 4, dim // 2):
+            kv = few_wide_values(tokens, dim, share=0.0008)
+            data = SPARSE_CODEC.encode(with_rope(kv, half) if half else kv)
+            sample = Sample(f"progressive sparse {tokens} x {dim}, half {half}", data)
+            yield sample
+            header = read_header(data)
+            first = [segment for segment in header.segments if segment.pass_index == 0]
+            yield Sample(f"{sample.name}, pass 0", data[: first[-1].end], None, True)
+            for groups in (1, 5):
+                cut = partial(sample, groups)
+                yield replace(cut, name=f"{cut.name} at {groups}")
+
+
 def with_rope(chunk: KVChunk, half: int, *, interleaved: bool = False) -> KVChunk:
     """Give a chunk a RoPE for all layers but the last, positions from 1000."""
     layers = chunk.geometry.layers
@@ -245,18 +272,26 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
     segment = header.segments[rng.integers(len(header.segments))]
     if not segment.length:
         return data
-    changed = bytearray(data)
+    body = bytearray(data[segment.offset : segment.offset + segment.length])
     if segment.kind != SIDE and rng.random() < 0.3:
         at = int(rng.integers(min(segment.length, 16)))  # the directory
     else:
         at = int(rng.integers(segment.length))
-    changed[segment.offset + at] ^= 1 << int(rng.integers(8))
-    index = header.segments.index(segment)
-    table = header.header_bytes - SEGMENT_ENTRY * len(header.segments)
-    body = bytes(changed[segment.offset : segment.offset + segment.length])
-    entry = table + SEGMENT_ENTRY * index
-    changed[entry : entry + 8] = xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
-    changed[16:24] = bytes(8)
-    total = xxhash.xxh3_64_intdigest(bytes(changed[: header.header_bytes]))
-    changed[16:24] = total.to_bytes(8, "little")
-    return bytes(changed)
+    body[at] ^= 1 << int(rng.integers(8))
+    return replaced(data, header.segments.index(segment), bytes(body))
+
+
+def replaced(data: bytes, index: int, body: bytes, *, kind: int | None = None) -> bytes:
+    """Put another body, and kind, in the place of a segment, checksums and lengths right."""
+    header = read_header(data)
+    head = bytearray(data[: header.header_bytes])
+    entry = header.header_bytes - SEGMENT_ENTRY * (len(header.segments) - index)
+    head[entry : entry + 8] = xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
+    head[entry + 8 : entry + 12] = len(body).to_bytes(4, "little")
+    if kind is not None:
+        head[entry + 19] = kind
+    head[16:24] = bytes(8)
+    head[16:24] = xxhash.xxh3_64_intdigest(bytes(head)).to_bytes(8, "little")
+    bodies = [data[one.offset : one.end] for one in header.segments]
+    bodies[index] = body
+    return bytes(head) + b"".join(one + bytes(-len(one) % 4) for one in bodies)

@@ -23,14 +23,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 from samples import (
     BFLOAT16,
     GOLDEN_NAMES,
+    SPARSE_CODEC,
     Sample,
     assert_close,
     damaged,
     draw_kv,
     empty_like,
+    few_wide_values,
     golden_sample,
     profiled,
     samples,
+    sparse_samples,
     with_rope,
 )
 
@@ -39,7 +42,7 @@ ENCODERS = (
     *(Int8Codec(), Int8Codec(entropy=False), CacheGenCodec(), CacheGenCodec(delta="anchor")),
     *(CacheGenCodec(tables="parametric"), ProgressiveCodec(), ProgressiveCodec(passes=6)),
 )
-ALL = list(samples())
+ALL = [*samples(), *sparse_samples()]
 
 
 def on_device(pairs: Any) -> list[tuple[Any, Any]]:
@@ -142,6 +145,19 @@ def test_encoding_equals_the_cpu(real: CudaDevice, codec: Codec, dtype: Any) -> 
         planes = on_device((layer.keys, layer.values) for layer in kv.layers)
         chunk = gpu.DeviceChunk(planes, None, kv.first_position, kv.rope)
         assert gpu.encode(codec, chunk) == codec.encode(kv)
+
+
+@pytest.mark.parametrize(("tokens", "dim"), [(200, 16), (256, 128), (33, 12)])
+@pytest.mark.parametrize("share", [0.0, 0.0005, 0.01])
+def test_encoding_sparse_first_passes(
+    real: CudaDevice, tokens: int, dim: int, share: float
+) -> None:
+    kv = with_rope(few_wide_values(tokens, dim, share=share), dim // 2)
+    planes = on_device((layer.keys, layer.values) for layer in kv.layers)
+    chunk = gpu.DeviceChunk(planes, None, kv.first_position, kv.rope)
+    data = gpu.encode(SPARSE_CODEC, chunk)
+    assert data == SPARSE_CODEC.encode(kv)
+    check(Sample("progressive sparse", data))
 
 
 def test_encoding_with_a_profile(real: CudaDevice) -> None:

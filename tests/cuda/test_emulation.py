@@ -11,6 +11,7 @@ import pytest
 from cachegen.chunk import KVChunk
 from cachegen.codec import gpu
 from cachegen.codec.cachegen import CacheGenCodec
+from cachegen.codec.container import SPARSE, read_header
 from cachegen.codec.int8 import Int8Codec
 from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.raw import RawCodec
@@ -23,20 +24,24 @@ from samples import (
     BFLOAT16,
     GOLDEN,
     GOLDEN_NAMES,
+    SPARSE_CODEC,
     Sample,
     assert_close,
     draw_kv,
     empty_like,
+    few_wide_values,
     golden_sample,
     golden_script,
     partial,
     profiled,
     restreamed,
     samples,
+    sparse_samples,
     with_rope,
 )
 
 ALL = list(samples())
+SPARSE_SAMPLES = list(sparse_samples())
 
 
 def check(device: EmulatedDevice, sample: Sample, *, fallbacks: int = 0) -> None:
@@ -75,6 +80,41 @@ def test_golden_objects(emulated: EmulatedDevice, name: str) -> None:
 @pytest.mark.parametrize("sample", ALL, ids=lambda sample: sample.name)
 def test_equal_to_the_cpu(emulated: EmulatedDevice, sample: Sample) -> None:
     check(emulated, sample)
+
+
+@pytest.mark.parametrize("sample", SPARSE_SAMPLES, ids=lambda sample: sample.name)
+def test_sparse_first_passes(emulated: EmulatedDevice, sample: Sample) -> None:
+    check(emulated, sample)
+
+
+def test_sparse_first_passes_of_every_size(emulated: EmulatedDevice) -> None:
+    counts = {
+        int.from_bytes(sample.data[segment.offset : segment.offset + 4], "little")
+        for sample in SPARSE_SAMPLES
+        for segment in read_header(sample.data).segments
+        if segment.kind == SPARSE and segment.pass_index == 0
+    }
+    assert 0 in counts and max(counts) > 5
+
+
+def test_launches_allot_nothing(emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = SPARSE_SAMPLES[0]
+    out = empty_like(sample.expected())
+    prepared = gpu.prepare([sample.data], out=out, device=emulated)
+    with monkeypatch.context() as patch:
+        for name in ("allocate", "upload", "download"):
+            patch.setattr(emulated, name, None)
+        prepared.launch()
+    prepared.check()
+    assert_close(out[0][0], sample.expected().layers[0].keys, exact=False)
+
+
+def test_streams_of_sparse_groups_that_begin_within_a_head(emulated: EmulatedDevice) -> None:
+    """Restart points are those of later passes, pass 0 has none of its own."""
+    kv = with_rope(few_wide_values(70), 8)
+    data = restreamed(kv, SPARSE_CODEC, (20,))
+    assert SPARSE in {segment.kind for segment in read_header(data).segments}
+    check(emulated, Sample("progressive odd streams, sparse", data))
 
 
 @pytest.mark.parametrize(("dim", "turned"), [(16, True), (24, False)])

@@ -14,7 +14,7 @@ from cachegen.chunk import KVChunk, LayerKV
 from cachegen.codec import gpu
 from cachegen.codec.base import Codec
 from cachegen.codec.cachegen import CacheGenCodec
-from cachegen.codec.container import read_header
+from cachegen.codec.container import RANS, SIDE, SPARSE, read_header
 from cachegen.codec.entropy import normalize_counts
 from cachegen.codec.gpu import encode_batch, encode_tables
 from cachegen.codec.int8 import Int8Codec
@@ -23,6 +23,7 @@ from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.raw import RawCodec
 from cachegen.codec.reader import ObjectReader
 from cachegen.codec.registry import decode
+from cachegen.codec.sparse import SHARE
 from cachegen.errors import ConfigError, GeometryError, NonFiniteError
 from cachegen.native.cuda.emulation import EmulatedDevice
 from cachegen.profile import Profile
@@ -31,8 +32,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from samples import (
     BFLOAT16,
     GOLDEN,
+    SPARSE_CODEC,
     assert_close,
     draw_kv,
+    few_wide_values,
     golden_script,
     profiled,
     ragged,
@@ -98,6 +101,83 @@ def test_keys_after_rope(emulated: EmulatedDevice, half: int, dim: int, interlea
     kv = with_rope(kv, half, interleaved=interleaved)
     codec = ProgressiveCodec()
     assert encoded(emulated, codec, kv) == codec.encode(kv)
+
+
+def coarse_kinds(data: bytes) -> set[int]:
+    segments = read_header(data).segments
+    return {one.kind for one in segments if one.pass_index == 0 and one.kind != SIDE}
+
+
+@pytest.mark.parametrize(("tokens", "dim"), [(200, 16), (70, 40), (33, 12), (5, 9)])
+@pytest.mark.parametrize("share", [0.0, 0.0005, 0.004])
+def test_sparse_first_passes(emulated: EmulatedDevice, tokens: int, dim: int, share: float) -> None:
+    kv = few_wide_values(tokens, dim, share=share)
+    for chunk in (kv, with_rope(kv, dim // 4), ragged(kv)):
+        data = encoded(emulated, SPARSE_CODEC, chunk)
+        assert data == SPARSE_CODEC.encode(chunk)
+    assert SPARSE in coarse_kinds(data) or share > 0.001
+
+
+def test_sparse_and_dense_groups_beside_each_other(emulated: EmulatedDevice) -> None:
+    sparse, dense = few_wide_values(70), few_wide_values(70, share=0.03)
+    pairs = zip(sparse.layers, dense.layers, strict=True)
+    kv = KVChunk.from_layers([LayerKV(one.keys, other.values) for one, other in pairs])
+    data = encoded(emulated, SPARSE_CODEC, kv)
+    assert data == SPARSE_CODEC.encode(kv)
+    assert coarse_kinds(data) == {SPARSE, RANS}
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_the_share_at_which_a_pass_is_sparse(emulated: EmulatedDevice, beyond: int) -> None:
+    wide = 60 * 2 * 16 // SHARE + beyond
+    values = np.random.default_rng(3).choice([-1.0, 1.0], (60, 2, 16))
+    keys = values.copy()
+    keys[np.arange(wide) * 6 + 3, 0, np.arange(wide)] *= 9
+    kv = KVChunk.from_layers([LayerKV(keys.astype(BFLOAT16), values.astype(BFLOAT16))])
+    codec = ProgressiveCodec(passes=4, step=0.1)
+    data = encoded(emulated, codec, kv)
+    assert data == codec.encode(kv)
+    found = [s.kind for s in read_header(data).segments if s.pass_index == 0 and s.kind != SIDE]
+    assert (found[0] == SPARSE) == (beyond <= 0)
+    assert found[1] == SPARSE
+
+
+def test_launches_allot_nothing_and_see_what_the_chunk_holds_then(
+    emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a CUDA graph replays them: first passes become dense and sparse again."""
+    kinds = few_wide_values(70), few_wide_values(70, share=0.03)
+    planes = [(layer.keys.copy(), layer.values.copy()) for layer in kinds[0].layers]
+    job = gpu.prepare_encode(SPARSE_CODEC, [gpu.DeviceChunk(planes)], device=emulated)
+    found = []
+    for kv in (*kinds, kinds[0]):
+        for pair, layer in zip(planes, kv.layers, strict=True):
+            pair[0][:], pair[1][:] = layer.keys, layer.values
+        with monkeypatch.context() as patch:
+            for name in ("allocate", "upload", "download"):
+                patch.setattr(emulated, name, None)
+            job.launch()
+        (data,) = job.finish()
+        assert data == SPARSE_CODEC.encode(kv)
+        found.append(coarse_kinds(data))
+    assert found == [{SPARSE}, {RANS}, {SPARSE}] and job.fallbacks == 0
+
+
+def test_sparse_first_passes_with_a_profile(emulated: EmulatedDevice) -> None:
+    _, profile = profiled()
+    kv = with_rope(draw_kv(2, 2, 70, 16, seed=20, dtype=BFLOAT16), 8)
+    codec = ProgressiveCodec(profile=profile, passes=6, step=0.05)
+    data, expected = encoded(emulated, codec, kv), codec.encode(kv)
+    assert coarse_kinds(data) == coarse_kinds(expected) == {SPARSE}
+    for mine, theirs in zip(
+        script_digits(data, codec), script_digits(expected, codec), strict=True
+    ):
+        assert np.array_equal(mine, theirs)
+
+
+def script_digits(data: bytes, codec: ProgressiveCodec) -> list[np.ndarray]:
+    digits = golden_script().decoded_digits(ObjectReader(data), codec.profile)
+    return [ladder.coarse for _, ladder in digits]
 
 
 @pytest.mark.parametrize(

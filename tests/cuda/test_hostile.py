@@ -13,7 +13,7 @@ import pytest
 from cachegen.chunk import KVChunk
 from cachegen.codec import gpu
 from cachegen.codec.cachegen import CacheGenCodec
-from cachegen.codec.container import read_header
+from cachegen.codec.container import SPARSE, read_header
 from cachegen.codec.int8 import Int8Codec
 from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.registry import decode
@@ -24,13 +24,17 @@ from cachegen.native.cuda.emulation import EmulatedDevice
 sys.path.insert(0, str(Path(__file__).parent))
 from samples import (
     BFLOAT16,
+    SPARSE_CODEC,
     Sample,
     assert_close,
     damaged,
     draw_kv,
     empty_like,
+    few_wide_values,
     profiled,
+    replaced,
     samples,
+    sparse_samples,
     with_rope,
 )
 
@@ -68,7 +72,7 @@ def attack(device: EmulatedDevice, sample: Sample) -> bool:
 
 
 def corpus() -> list[Sample]:
-    return [*samples(), profiled()[0]]
+    return [*samples(), *sparse_samples(), profiled()[0]]
 
 
 UNDAMAGED: dict[str, bytes] = {}
@@ -104,7 +108,64 @@ def test_the_corpus_takes_every_way(emulated: EmulatedDevice) -> None:
                 escapes += int.from_bytes(body[8:12], "little")
     assert escapes > 0
     assert {(1, False, 1), (1, False, 2), (1, False, 3), (1, True, 2)} <= kinds
-    assert {(2, False, 1), (2, False, 3), (3, False, 1), (3, True, 1)} <= kinds
+    assert {(2, False, 1), (2, False, 3), (3, False, 1), (3, True, 1), (3, False, 4)} <= kinds
+
+
+def bits(*fields: tuple[int, int]) -> bytes:
+    """Pack numbers, each with its number of bits, the lowest first."""
+    whole = at = 0
+    for value, count in fields:
+        whole |= value << at
+        at += count
+    return whole.to_bytes(-(-at // 8), "little")
+
+
+def sparse_body(*fields: tuple[int, int], count: int = 1, low_bits: int = 4) -> bytes:
+    return count.to_bytes(4, "little") + bytes([low_bits]) + bits(*fields)
+
+
+# 40 tokens of 36 channels: 72 steps, of which places 0 and 1 have 20 lanes.
+ONE = ((1, 1), (0, 4), (1, 1), (1, 1))  # at place 0: no gap, positive, magnitude 1
+HOSTILE_BODIES = {
+    "no head": b"\1\0\0\0",
+    "more symbols than steps": sparse_body(*ONE * 73, count=73),
+    "as many symbols as 32 bits count": sparse_body(*ONE, count=2**32 - 1),
+    "too many low bits": sparse_body(*ONE, low_bits=41),
+    "no bits": sparse_body(),
+    "only zeros": sparse_body((0, 200)),
+    "bits missing": sparse_body(*ONE, count=2),
+    "bits left over": sparse_body(*ONE, (1, 1)),
+    "bytes left over": sparse_body(*ONE, (0, 16)),
+    "a lane without a token": sparse_body((2, 2), (4, 4), *ONE[2:]),
+    "a place behind the end": sparse_body((0, 144), *ONE),
+    "a gap of 2 to the power of 39": sparse_body((1, 1), (1 << 39, 40), *ONE[2:], low_bits=40),
+    "a symbol above 254": sparse_body(*ONE[:3], (0, 7), (1, 1), (0, 7)),
+    "a magnitude of eight bits": sparse_body(*ONE[:3], (0, 8), (1, 1), (0, 8)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_BODIES)
+def test_hostile_sparse_bodies(
+    emulated: EmulatedDevice, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused as on the CPU, before a kernel runs."""
+    good = ProgressiveCodec(passes=1, step=8.0).encode(few_wide_values(40, 9))
+    segments = read_header(good).segments
+    index = next(i for i, one in enumerate(segments) if one.kind == SPARSE)
+    sound = Sample(name, replaced(good, index, sparse_body(*ONE)))
+    UNDAMAGED[name] = good
+    assert not attack(emulated, sound)
+    gpu.prepare([good], out=empty_like(sound.expected()), device=emulated)  # builds the tables
+    monkeypatch.setattr(emulated, "launch", None)
+    assert attack(emulated, Sample(name, replaced(good, index, HOSTILE_BODIES[name])))
+
+
+def test_only_first_passes_may_be_sparse(emulated: EmulatedDevice) -> None:
+    good = SPARSE_CODEC.encode(few_wide_values(40, 9))
+    segments = read_header(good).segments
+    UNDAMAGED["kind"] = good
+    index = next(i for i, one in enumerate(segments) if one.pass_index == 1)
+    assert attack(emulated, Sample("kind", replaced(good, index, sparse_body(*ONE), kind=SPARSE)))
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ from cachegen.native.fused_encode import (
 from cachegen.native.medians import column_medians
 from cachegen.native.models import count_symbols, fit_classes, normalize_counts, split_digits
 from cachegen.native.planes import MatrixSource, QuantizedPlane, decode_planes
+from cachegen.native.sparse import parse_sparse, write_sparse
 from cachegen.native.threads import threads, use_one_thread
 from cachegen.native.transform import (
     PackedBasis,
@@ -216,6 +217,7 @@ __all__ = [
     "fit_classes",
     "isa",
     "normalize_counts",
+    "parse_sparse",
     "quantize",
     "segment_layout",
     "select_isa",
@@ -225,4 +227,5 @@ __all__ = [
     "use_one_thread",
     "uses_tiles",
     "verify_segment",
+    "write_sparse",
 ]

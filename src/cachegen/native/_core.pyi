@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 class Tables:
@@ -116,6 +117,10 @@ def fit_classes(
     classes: NDArray[Any],
     rotations: NDArray[Any],
 ) -> None: ...
+def parse_sparse(
+    body: NDArray[Any], tokens: int, channels: int, largest: int
+) -> NDArray[np.uint32]: ...
+def write_sparse(pairs: NDArray[Any], tokens: int, channels: int) -> bytes: ...
 def split_digits(
     symbols: NDArray[Any],
     rotations: NDArray[Any],

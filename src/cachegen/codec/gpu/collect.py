@@ -98,6 +98,15 @@ class Collector:
         self._plain.append(row)
         return offset
 
+    def copy(self, address: np.uint64, size_bytes: int, results: Results) -> int:
+        """Ask for bytes of the batch's workspace; returns their offset."""
+        offset = self.reserve(size_bytes)
+        span = np.zeros(int(size_bytes > 0), encode_plan.SPAN)
+        span["from"], span["to"], span["size"] = address, offset, size_bytes
+        span["from"] = results.resolve(span["from"])
+        self._spans.append(span)
+        return offset
+
     def coded(self, coded: CodedSegment, results: Results) -> int:
         """Ask for a rANS body; returns its offset."""
         runs = coded.runs

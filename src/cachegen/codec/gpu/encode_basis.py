@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cachegen.codec.basis import load_basis
-from cachegen.codec.gpu.frozen import split_halves
+from cachegen.codec.gpu.frozen import place_of, split_halves, upload_arena
 from cachegen.native.cuda import plan
 from cachegen.native.cuda.device import Device, Memory
 from cachegen.profile import Profile
@@ -65,18 +65,8 @@ def _upload(device: Device, profile: Profile, geometry: Geometry, stream: Any) -
         )
         scales.append(scale)
         components.append(forward.shape[1])
-    memory = device.allocate(arena.size_bytes, stream)
-    image = np.zeros(arena.size_bytes, np.uint8)
-    arena.write(image)
-    device.upload(memory.address, image, stream)
-    device.download(memory.address, 1, stream)  # waits, as the image goes away
+    memory = upload_arena(device, arena, stream)
     placed = tuple(
-        {
-            name: plan.absolute(int(plan.resolve(address, memory.address, 0, 0)))
-            if address
-            else address
-            for name, address in row.items()
-        }
-        for row in fields
+        {name: place_of(address, memory) for name, address in row.items()} for row in fields
     )
     return EncodeBasis(placed, tuple(scales), tuple(components), memory)

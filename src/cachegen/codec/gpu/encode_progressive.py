@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cachegen.codec import ladder, passes
+from cachegen import native
+from cachegen.codec import ladder, passes, sparse
 from cachegen.codec.basis import ModelBasis, load_basis, plain_basis, planes_of_group
-from cachegen.codec.container import BYTES, PACKED, RANS, SIDE
+from cachegen.codec.container import BYTES, PACKED, RANS, SIDE, SPARSE
 from cachegen.codec.gpu.collect import Collector, Results
 from cachegen.codec.gpu.encode_basis import EncodeBasis, encode_basis
 from cachegen.codec.gpu.encode_batch import CodedSegment, EncodeBatch, Feed, columns
 from cachegen.codec.header import SegmentBody, plane_groups
 from cachegen.codec.progressive import ProgressiveCodec, pack_params
 from cachegen.codec.side import GroupSide
-from cachegen.native.cuda import encode_plan
+from cachegen.native.cuda import encode_plan, plan
 
 
 @dataclass
@@ -81,7 +82,13 @@ class ProgressiveEncoding:
             rows = exempt.astype("<u4")
             chosen.exempt_at = collector.plain(encode_plan.EXACT_ROWS, owner, size, tokens=rows)
         count = tokens * channels
+        nonzero = int(found["nonzero"])
         for index, coded in enumerate(group.coded):
+            if index == 0 and sparse.SHARE * nonzero <= count:
+                size = plan.PAIR_BYTES * nonzero
+                at = collector.copy(row["pairs"][0], size, results)
+                chosen.segments.append((SPARSE, 0, at, size))
+                continue
             size = results.measure(coded)
             packed = passes.DIGIT_BITS * (-(-count // 8))
             if index == 0 and size >= count:
@@ -142,18 +149,27 @@ class ProgressiveEncoding:
             passes.DECAYS[best],
         )
         body = side.to_bytes(plain=self.profile is None)
-        return [
-            SegmentBody(group.index, 0, SIDE, body, distortions[0]),
-            *(
-                SegmentBody(group.index, j, kind, collector.bytes(at, size), distortions[j], bits)
-                for j, (kind, bits, at, size) in enumerate(chosen.segments)
-            ),
-        ]
+        segments = [SegmentBody(group.index, 0, SIDE, body, distortions[0])]
+        for j, (kind, bits, at, size) in enumerate(chosen.segments):
+            body = collector.bytes(at, size)
+            if kind == SPARSE:
+                body = _sparse_body(body, int(group.row["tokens"][0]), channels)
+            segments.append(SegmentBody(group.index, j, kind, body, distortions[j], bits))
+        return segments
+
+
+def _sparse_body(listed: bytes, tokens: int, channels: int) -> bytes:
+    """Return the body of a sparse segment of pairs in any order."""
+    pairs = np.frombuffer(listed, "<u4").reshape(-1, 2)
+    return native.write_sparse(pairs[np.argsort(pairs[:, 0])], tokens, channels)
 
 
 @dataclass
 class _Chosen:
-    """What the device found for a group. segments: kind, bits, offset and size of each pass."""
+    """What the device found for a group. segments: kind, bits, offset and size of each pass.
+
+    Of a sparse pass offset and size are those of its pairs.
+    """
 
     found: Any
     exempt: NDArray[np.int64]
@@ -192,6 +208,7 @@ def _plan_group(
     row["partials"] = work.reserve(8 * encode_plan.PARTIALS * len(tiles))
     row["marks"], row["levels"] = batch.result(tokens), batch.result(channels)
     row["classes"] = batch.result(channels)
+    row["pairs"] = work.reserve(plan.PAIR_BYTES * (tokens * channels // sparse.SHARE))
     row["result"] = batch.result(encode_plan.GROUP_RESULT.itemsize)
     row["tokens"], row["channels"], row["stride"] = tokens, channels, stride
     row["passes"], row["chunk"] = encoding.passes, encoding.chunk

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from cachegen.codec import ladder
 from cachegen.codec.entropy import TOTAL, parametric_tables
+from cachegen.codec.gpu.frozen import build_sets
 from cachegen.codec.passes import centroid_shares, coarse_escapes, code_costs
-from cachegen.native.cuda import plan
 from cachegen.native.cuda.device import Device, Memory
 from cachegen.native.cuda.encode_plan import INVERSE_WORDS
+from cachegen.native.cuda.plan import MAX_PASSES
 
-MAX_PASSES = 6
 _KEY = "encode"
 
 
@@ -47,52 +47,26 @@ def encode_tables(device: Device, stream: Any) -> EncodeTables:
 
 
 def _build(device: Device, stream: Any) -> EncodeTables:
-    sets = (
-        (ladder.coarse_freqs().reshape(-1, 32), 32),
-        (ladder.refine_freqs().reshape(-1, 3), 4),
-        (parametric_tables()[0].freqs, 32),
+    passes = range(1, MAX_PASSES + 1)
+    constants = [
+        coarse_escapes(),
+        ladder.class_edges().astype("<f4"),
+        unit_gains(),
+        np.ascontiguousarray(parametric_tables()[1].T, "<f8"),
+        *(_ladder_costs(count) for count in passes),
+        *(centroid_shares(count) for count in passes),
+    ]
+    sets, places, memory = build_sets(
+        device, "build_inverses", 4 * INVERSE_WORDS, constants, stream
     )
-    job = plan.Plan()
-    items = np.zeros(len(sets), plan.MODELS)
-    for item, (freqs, buckets) in zip(items, sets, strict=True):
-        item["freqs"] = job.upload.add(freqs.astype("<u2"))
-        item["buckets"] = job.work.reserve(len(freqs) * 4 * INVERSE_WORDS * buckets, 256)
-        item["count"], item["alphabet"], item["kind"] = len(freqs), freqs.shape[1], buckets
-    upload = job.upload
-    escapes = upload.add(coarse_escapes())
-    edges = upload.add(ladder.class_edges().astype("<f4"))
-    gains = upload.add(unit_gains())
-    parametric_costs = upload.add(np.ascontiguousarray(parametric_tables()[1].T, "<f8"))
-    costs = [upload.add(_ladder_costs(passes)) for passes in range(1, MAX_PASSES + 1)]
-    shares = [upload.add(centroid_shares(passes)) for passes in range(1, MAX_PASSES + 1)]
-    record = np.zeros(1, plan.LAUNCH)
-    record["items"] = job.structs(plan.MODELS, items)
-    record["errors"] = job.work.reserve(4)
-    record["extra"] = blocks = -(-max(len(freqs) for freqs, _ in sets) // 128)
-    job.launch("build_inverses", blocks * len(sets), record)
-    memory = device.allocate(job.upload_bytes, stream)
-    work = device.allocate(job.workspace_bytes, stream)
-    image, launches = job.finish(memory.address, work.address)
-    device.upload(memory.address, image, stream)
-    for launch in launches:
-        device.launch(*launch, stream)
-    device.download(work.address, 1, stream)  # waits
-
-    def place(address: np.uint64) -> np.uint64:
-        return plan.absolute(int(plan.resolve(address, memory.address, work.address, 0)))
-
-    coarse, refine, parametric = (plan.absolute(int(item["buckets"])) for item in items)
+    coarse, refine, parametric = sets
+    escapes, edges, gains, parametric_costs, *rest = places
+    costs, shares = tuple(rest[:MAX_PASSES]), tuple(rest[MAX_PASSES:])
     return EncodeTables(
-        coarse,
-        refine,
-        parametric,
-        place(escapes),
-        place(edges),
-        place(gains),
-        place(parametric_costs),
-        tuple(place(address) for address in costs),
-        tuple(place(address) for address in shares),
-        (memory, work),
+        *(coarse, refine, parametric, escapes, edges, gains, parametric_costs),
+        costs=costs,
+        shares=shares,
+        memory=memory,
     )
 
 

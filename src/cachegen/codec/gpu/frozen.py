@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from cachegen.codec.passes import coarse_escapes
 from cachegen.native.cuda import plan
 from cachegen.native.cuda.device import Device, Memory
 from cachegen.profile import Profile
-from cachegen.types import Geometry
+from cachegen.types import Array, Geometry
 
 Floats = NDArray[np.float32]
 
@@ -43,6 +44,22 @@ def frozen_tables(device: Device, stream: Any) -> FrozenTables:
 
 
 def _build(device: Device, stream: Any) -> FrozenTables:
+    sets, (escapes,), memory = build_sets(
+        device, "build_tables", plan.BUCKET_BYTES, [coarse_escapes()], stream
+    )
+    coarse, refine, parametric = sets
+    return FrozenTables(coarse, escapes, refine, parametric, memory)
+
+
+def build_sets(
+    device: Device, kernel: str, bucket_bytes: int, constants: Sequence[Array], stream: Any
+) -> tuple[list[np.uint64], list[np.uint64], tuple[Memory, ...]]:
+    """Have a kernel make tables of the frozen frequencies, and wait for it.
+
+    bucket_bytes: what the kernel makes of a bucket. constants: arrays to be uploaded with them.
+    Returns: addresses of progressive's two sets and of the parametric set 1, addresses of the
+        constants, and the memory that holds all of them.
+    """
     sets = (
         (ladder.coarse_freqs().reshape(-1, 32), 32),
         (ladder.refine_freqs().reshape(-1, 3), 4),
@@ -52,14 +69,14 @@ def _build(device: Device, stream: Any) -> FrozenTables:
     items = np.zeros(len(sets), plan.MODELS)
     for item, (freqs, buckets) in zip(items, sets, strict=True):
         item["freqs"] = job.upload.add(freqs.astype("<u2"))
-        item["buckets"] = job.work.reserve(len(freqs) * buckets * plan.BUCKET_BYTES, 256)
+        item["buckets"] = job.work.reserve(len(freqs) * buckets * bucket_bytes, 256)
         item["count"], item["alphabet"], item["kind"] = len(freqs), freqs.shape[1], buckets
-    escapes = job.upload.add(coarse_escapes())
+    addresses = [job.upload.add(array) for array in constants]
     record = np.zeros(1, plan.LAUNCH)
     record["items"] = job.structs(plan.MODELS, items)
     record["errors"] = job.work.reserve(4)
     record["extra"] = blocks = -(-max(len(freqs) for freqs, _ in sets) // 128)
-    job.launch("build_tables", blocks * len(sets), record)
+    job.launch(kernel, blocks * len(sets), record)
     upload = device.allocate(job.upload_bytes, stream)
     work = device.allocate(job.workspace_bytes, stream)
     image, launches = job.finish(upload.address, work.address)
@@ -68,8 +85,22 @@ def _build(device: Device, stream: Any) -> FrozenTables:
         device.launch(*launch, stream)
     device.download(work.address, 1, stream)  # waits
     places = [plan.absolute(int(item["buckets"])) for item in items]
-    bytes_at = plan.absolute(int(escapes ^ plan.UPLOAD) + upload.address)
-    return FrozenTables(places[0], bytes_at, places[1], places[2], (upload, work))
+    return places, [place_of(address, upload) for address in addresses], (upload, work)
+
+
+def upload_arena(device: Device, arena: plan.Arena, stream: Any) -> Memory:
+    """Copy the arrays of an arena to a device, and wait for that, as the copy here goes away."""
+    memory = device.allocate(arena.size_bytes, stream)
+    image = np.zeros(arena.size_bytes, np.uint8)
+    arena.write(image)
+    device.upload(memory.address, image, stream)
+    device.download(memory.address, 1, stream)  # waits
+    return memory
+
+
+def place_of(address: np.uint64, memory: Memory) -> np.uint64:
+    """Return where an address of an uploaded arena lies; 0 stays 0."""
+    return plan.absolute(int(address ^ plan.UPLOAD) + memory.address) if address else address
 
 
 @dataclass(frozen=True)
@@ -110,16 +141,10 @@ def _upload_basis(device: Device, basis: ModelBasis, stream: Any) -> DeviceBasis
         rests.append(arena.add(low) if low.any() else np.uint64(0))
         scales.append(scale)
         means.append(arena.add(group.mean.astype("<f4")))
-    memory = device.allocate(arena.size_bytes, stream)
-    image = np.zeros(arena.size_bytes, np.uint8)
-    arena.write(image)
-    device.upload(memory.address, image, stream)
-    device.download(memory.address, 1, stream)  # waits, as the image goes away
+    memory = upload_arena(device, arena, stream)
 
     def place(addresses: list[np.uint64]) -> tuple[np.uint64, ...]:
-        return tuple(
-            plan.absolute(int(a ^ plan.UPLOAD) + memory.address) if a else a for a in addresses
-        )
+        return tuple(place_of(address, memory) for address in addresses)
 
     return DeviceBasis(basis, place(matrices), place(rests), tuple(scales), place(means), memory)
 

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cachegen import native
 from cachegen.codec.basis import planes_of_group
-from cachegen.codec.container import BYTES, PACKED, RANS
+from cachegen.codec.container import BYTES, PACKED, RANS, SPARSE
 from cachegen.codec.gpu.batch import LANES, Batch, Item
 from cachegen.codec.gpu.frozen import DeviceBasis, cell_constants, device_basis
 from cachegen.codec.gpu.streams import PLAIN_STEPS, plain_streams, rans_streams, require
+from cachegen.codec.ladder import MAX_COARSE
 from cachegen.codec.passes import DIGIT_BITS
 from cachegen.codec.progressive import MAX_PASSES, unpack_params
 from cachegen.codec.reference import profile_classes
@@ -20,6 +22,9 @@ from cachegen.native.cuda import plan
 from cachegen.profile import Profile, require_profile
 
 TILE_TOKENS, TILE_CHANNELS = 64, 128
+MAX_SPARSE_STEPS = (1 << 32) // LANES - 1
+# Stands behind the pairs of a sparse pass: a place that no matrix has.
+BEYOND = np.array([[(1 << 32) - 1, 0]], np.uint32)
 # The first half of a head waits in shared memory; wider ones go through the workspace.
 MAX_FUSED_HALF = 64
 
@@ -32,6 +37,13 @@ class _Pending:
         self.index = index
         self.present = present
         self.kinds: list[int] = []
+        # Places and symbols of a sparse pass 0, and where they will lie.
+        self.pairs: NDArray[np.uint32] | None = None
+        self.pairs_at = np.uint64(0)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.row["tokens"][0]), int(self.row["channels"][0])
 
 
 def plan_progressive(batch: Batch, item: Item, profile: Profile | None) -> None:
@@ -113,6 +125,11 @@ def _plan_group(
                 bodies.append((segment.offset, segment.length, tokens, channels, 0, number))
             else:
                 require(not body, "body")
+        elif pass_index == 0 and segment.kind == SPARSE:
+            steps = -(-tokens // LANES) * channels
+            require(steps <= MAX_SPARSE_STEPS, "places of 32 bits")
+            one.pairs = native.parse_sparse(body, tokens, channels, largest=2 * MAX_COARSE)
+            one.pairs_at = upload.add(np.concatenate([one.pairs, BEYOND]))
         elif pass_index == 0:
             require(segment.kind == BYTES and len(body) == tokens * channels, "pass 0")
         else:
@@ -141,8 +158,9 @@ def _can_fuse(item: Item, index: int, planes: list[NDArray[Any]], group: _Pendin
     if not turned:
         return True
     spacing = PLAIN_STEPS
-    if group.kinds[0] == RANS and group.row["tokens"][0]:
-        segment, _ = item.reader.segment(index, 0)
+    if RANS in group.kinds and group.shape[0]:
+        # That of all passes, see _share_streams.
+        segment, _ = item.reader.segment(index, group.kinds.index(RANS))
         spacing = int(item.words[segment.offset // 4]) if segment.length >= 4 else 1
     dim = int(turned[0]["dim"][0])
     return all(
@@ -203,7 +221,6 @@ def _share_streams(
         coded = by_group.get(one.index, [])
         found = {steps for _, steps in coded}
         require(len(found) <= 1, "restart points of passes")
-        shape = int(one.row["tokens"][0]), int(one.row["channels"][0])
         spacing = found.pop() if found else PLAIN_STEPS
         parts = iter(coded)
         lists = batch.group_streams.setdefault(one.present, [[] for _ in range(one.present)])
@@ -211,7 +228,10 @@ def _share_streams(
             if kind == RANS:
                 part = next(parts)[0]
             elif index == 0:
-                part = plain_streams(*shape, one.index, spacing)
+                part = plain_streams(*one.shape, one.index, spacing)
+                if one.pairs is not None:
+                    first = np.searchsorted(one.pairs[:, 0], LANES * part["begin_step"])
+                    part["base"] = one.pairs_at + (plan.PAIR_BYTES * first).astype(np.uint64)
             else:
                 continue
             lists[index].append(part)

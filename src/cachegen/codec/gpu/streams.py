@@ -87,9 +87,11 @@ def rans_streams(
 
 def plain_streams(tokens: int, channels: int, owner: int, spacing: int) -> NDArray[Any]:
     """Share the steps of a segment without rANS out to warps, ``spacing`` steps each."""
-    steps = -(-tokens // LANES) * channels
+    places = -(-tokens // LANES)
+    steps = places * channels
     begin = np.arange(0, steps, spacing)
     streams = np.zeros(len(begin), plan.STREAM)
+    streams["lanes"] = -(-(tokens - begin // channels) // places)
     streams["begin_step"] = begin
     streams["end_step"] = np.minimum(begin + spacing, steps)
     streams["owner"] = owner

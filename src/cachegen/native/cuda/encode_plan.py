@@ -11,7 +11,7 @@ SOURCE = np.dtype(
         *((name, U64) for name in ("values", "centres", "sums", "norms", "largest", "marks")),
         *((name, U64) for name in ("means", "levels", "classes", "histogram", "result")),
         *((name, U64) for name in ("partials", "deviations", "families", "halves", "forward")),
-        *((name, U64) for name in ("forward_low", "centre")),
+        *((name, U64) for name in ("forward_low", "centre", "pairs")),
         *((name, U32) for name in ("tokens", "channels", "stride", "passes", "plane", "planes")),
         *((name, U32) for name in ("chunk", "sinks", "error", "tiles", "components")),
         ("forward_scale", "<f4"),
@@ -27,7 +27,7 @@ GROUP_RESULT = np.dtype(
         ("mean_scale", "<f4"),
         ("exempt", U32),
         ("offset", "<i4"),
-        ("done", U32),
+        *((name, U32) for name in ("done", "nonzero", "listed")),
     ]
 )
 CHUNK_STATE = np.dtype(

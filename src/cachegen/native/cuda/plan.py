@@ -103,6 +103,7 @@ SIZES = {
 
 DTYPE_CODES = {KVDtype.FLOAT16: 0, KVDtype.BFLOAT16: 1, KVDtype.FLOAT32: 2}
 BUCKET_BYTES = 8
+PAIR_BYTES = 8  # place and symbol of a sparse pass, see sparse.cuh
 BAD_SLOT = 8
 
 # An address before memory is allotted: an offset in one of the two buffers, or a real address.
