@@ -23,6 +23,7 @@ inline void require(bool sound, const char* what) {
 void bind_fused(nanobind::module_& m);
 void bind_encode(nanobind::module_& m);
 void bind_planes(nanobind::module_& m);
+void bind_profile(nanobind::module_& m);
 void bind_sparse(nanobind::module_& m);
 
 }  // namespace cachegen

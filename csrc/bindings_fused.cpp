@@ -2,10 +2,8 @@
 #include <nanobind/stl/string.h>
 
 #include <string>
-#include <vector>
 
-#include "bindings.h"
-#include "format.h"
+#include "bindings_groups.h"
 #include "fused_decode.h"
 
 namespace nb = nanobind;
@@ -14,87 +12,13 @@ using namespace nb::literals;
 namespace cachegen {
 namespace {
 
-KVType type_of(const std::string& name) {
-    if (name == "float16") return KVType::Float16;
-    if (name == "bfloat16") return KVType::BFloat16;
-    require(name == "float32", "element type");
-    return KVType::Float32;
-}
-
-// Tuples as native/fused.py makes them; the arrays stay alive as long as this does.
-class GroupReader {
-public:
-    FusedGroup read(const nb::tuple& fields, KVType stored) {
-        FusedGroup group{};
-        group.tokens = nb::cast<uint64_t>(fields[0]);
-        group.channels = nb::cast<uint64_t>(fields[1]);
-        for (const nb::handle entry : nb::cast<nb::sequence>(fields[2])) {
-            const auto pass = nb::cast<nb::tuple>(entry);
-            const auto kind = nb::cast<unsigned>(pass[0]);
-            require(kind <= static_cast<unsigned>(PassKind::Sparse), "kind of a pass");
-            group.passes.push_back({static_cast<PassKind>(kind), view<uint8_t>(pass[1])});
-        }
-        if (nb::isinstance<nb::tuple>(fields[3])) {  // with a profile: classes, and where to
-            const auto to = nb::cast<nb::tuple>(fields[3]);
-            const auto out = nb::cast<Matrix<float>>(to[1], false);
-            const auto used = nb::cast<Vector<uint8_t>>(to[2], false);
-            group.side.classes = view<uint8_t>(to[0]);
-            const Shape shape{group.tokens, group.channels};
-            require(out.shape(0) == group.channels && used.size() == group.channels &&
-                        out.shape(1) == shape.places() * kLanes, "coefficients");
-            group.coefficients = out.data();
-            group.used = used.data();
-        } else {
-            group.side = parse_side(view<uint8_t>(fields[3]), group.tokens, group.channels, stored,
-                                    /* plain = */ true);
-        }
-        const auto constants = nb::cast<nb::tuple>(fields[4]);
-        const auto scaling = view<float>(constants[1]);
-        require(scaling.size() == 5, "scaling");
-        const auto late_below = nb::cast<int>(constants[0]);
-        group.key_scaling = {late_below, scaling[0], scaling[1]};
-        group.value_scaling = {late_below, scaling[2], scaling[3]};
-        group.value_factor = scaling[4];
-        group.early_offset = view<float>(constants[2]);
-        group.late_offset = view<float>(constants[3]);
-        for (const nb::handle entry : nb::cast<nb::sequence>(fields[5])) {
-            group.planes.push_back(read_plane(nb::cast<nb::tuple>(entry), group.tokens));
-        }
-        return group;
-    }
-
-    PlaneTarget read_plane(const nb::tuple& plane, uint64_t tokens) {
-        const auto offsets = view<int64_t>(plane[1]);
-        require(offsets.size() == tokens, "offsets");
-        return {reinterpret_cast<std::byte*>(nb::cast<uintptr_t>(plane[0])),
-                offsets.data(), nb::cast<int64_t>(plane[2]),
-                nb::cast<uint32_t>(plane[3]), nb::cast<uint32_t>(plane[4]),
-                nb::cast<int>(plane[5]), nb::cast<int64_t>(plane[6]),
-                nb::cast<bool>(plane[7])};
-    }
-
-    template <class T>
-    std::span<const T> view(nb::handle array) {
-        const auto typed = nb::cast<Vector<const T>>(array, /* convert = */ false);
-        kept_.push_back(nb::borrow(array));
-        return {typed.data(), typed.size()};
-    }
-
-private:
-    std::vector<nb::object> kept_;
-};
-
 void decode(const std::string& type, const std::string& stored, unsigned passes, const Tables& coarse, const Tables& refine,
             const nb::sequence& ropes, const nb::sequence& groups, size_t threads) {
     require(threads >= 1, "threads");
     FusedDecode work{type_of(type), type_of(stored), passes, coarse, refine, threads, {}, {}};
-    for (const nb::handle entry : ropes) {
-        const auto fields = nb::cast<nb::tuple>(entry);
-        const auto frequencies = nb::cast<Vector<const float>>(fields[0], false);
-        work.ropes.push_back({{frequencies.data(), frequencies.data() + frequencies.size()},
-                              nb::cast<float>(fields[1]), nb::cast<bool>(fields[2])});
-    }
     GroupReader reader;
+    for (const nb::handle entry : ropes)
+        work.ropes.push_back(reader.read_rope(nb::cast<nb::tuple>(entry)));
     for (const nb::handle entry : groups)
         work.groups.push_back(reader.read(nb::cast<nb::tuple>(entry), work.stored));
     nb::gil_scoped_release release;

@@ -58,6 +58,15 @@ struct GroupSide {
 GroupSide parse_side(std::span<const uint8_t> bytes, uint64_t tokens, uint64_t channels,
                      KVType stored, bool plain);
 
+// Where the components of a group go, for a transform to follow: as floats, or as values.
+struct ComponentTarget {
+    float* floats;  // a row of places * 32 for each component, places after one another
+    uint8_t* used;  // whether a component is anything but 0 somewhere
+    // Instead of both: places * channels rows of kLanes values, aligned to a cache line; those of
+    // lanes without a token are anything.
+    int16_t* values;
+};
+
 // What a group's bytes decode to, beside them. Views; the caller keeps them alive.
 struct FusedGroup {
     uint64_t tokens, channels;
@@ -68,10 +77,7 @@ struct FusedGroup {
     std::span<const float> early_offset, late_offset;
     float value_factor;  // V is divided by its weight, so offsets and means of V are times this
     std::vector<PlaneTarget> planes;  // in channel order, or none with coefficients
-    // Instead of planes: a row of places * 32 floats for each component, places after one another,
-    // each in lane order, and whether the component is anything but 0 somewhere.
-    float* coefficients;
-    uint8_t* used;
+    const ComponentTarget* coefficients;  // instead of planes, or null
 };
 
 inline constexpr unsigned kClasses = 64, kFamilies = 3, kTableRows = 88;

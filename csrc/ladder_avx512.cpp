@@ -356,11 +356,20 @@ void decode_refine_avx512(const RefineTable* tables, int late_below, DecodeRun* 
 }
 
 template <KVType kType>
+void store_unit_avx512(const UnitJob& job) {
+    if constexpr (kType == KVType::Float32) return store_floats(job);
+    store_elements(job);
+}
+
+template void store_unit_avx512<KVType::Float16>(const UnitJob&);
+template void store_unit_avx512<KVType::BFloat16>(const UnitJob&);
+template void store_unit_avx512<KVType::Float32>(const UnitJob&);
+
+template <KVType kType>
 void finish_unit_avx512(const UnitJob& job) {
     if (job.is_blank && job.mean_bits) return store_means(job);
     convert_rows<kType>(job);
-    if constexpr (kType == KVType::Float32) return store_floats(job);
-    store_elements(job);
+    store_unit_avx512<kType>(job);
 }
 
 template void finish_unit_avx512<KVType::Float16>(const UnitJob&);

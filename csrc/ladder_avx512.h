@@ -11,6 +11,9 @@ void decode_refine_avx512(const RefineTable* tables, int late_below, DecodeRun* 
                           size_t count, size_t steps);
 template <KVType kType>
 void finish_unit_avx512(const UnitJob& job);
+// The second half of finish_unit alone: scratch to rows.
+template <KVType kType>
+void store_unit_avx512(const UnitJob& job);
 extern const uint8_t kAngleLanesAvx512[kLanes];
 
 }  // namespace cachegen

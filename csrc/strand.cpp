@@ -144,9 +144,16 @@ void Strand::begin_unit() {
     unit_ = group_->units[unit_index_];
     done_ = 0;
     is_blank_ = group_->is_sparse();
-    if (unit_.size <= room_) return;
-    room_ = unit_.size;
-    values_ = std::make_unique<CacheLine[]>(room_);
+    const ComponentTarget* const to = group_->group.coefficients;
+    if (to && to->values) {
+        first_row_ = to->values + (place_ * group_->shape.channels + unit_.begin) * kLanes;
+        return;
+    }
+    if (unit_.size > room_) {
+        room_ = unit_.size;
+        values_ = std::make_unique<CacheLine[]>(room_);
+    }
+    first_row_ = reinterpret_cast<int16_t*>(values_.get());
 }
 
 void Strand::add_escapes(size_t steps) {
@@ -206,16 +213,18 @@ void Strand::read_sparse(size_t steps) {
 }
 
 void Strand::finish_coefficients() {
+    const ComponentTarget& to = *group_->group.coefficients;
+    if (to.values) return;  // that is where they are
     UnitJob job = group_->job_of(unit_);
     job.values = row(0);
     const size_t stride = group_->shape.places() * kLanes;
-    float* const out = group_->group.coefficients + unit_.begin * stride + place_ * kLanes;
+    float* const out = to.floats + unit_.begin * stride + place_ * kLanes;
     uint8_t used[kBlockSteps];
     kernel_.scale_rows(job, out, stride, used);
     // Another thread may be at another place of the same components.
     for (uint32_t i = 0; i < unit_.size; ++i)
         if (used[i])
-            std::atomic_ref(group_->group.used[unit_.begin + i])
+            std::atomic_ref(to.used[unit_.begin + i])
                 .store(1, std::memory_order_relaxed);
 }
 

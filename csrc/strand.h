@@ -73,7 +73,7 @@ public:
 private:
     uint64_t channel() const { return unit_.begin + done_; }
     int16_t* values() { return row(done_); }
-    int16_t* row(uint32_t step) { return reinterpret_cast<int16_t*>(values_.get() + step); }
+    int16_t* row(uint32_t step) { return first_row_ + step * kLanes; }
 
     void enter_place(uint64_t place);
     void begin_unit();
@@ -100,6 +100,7 @@ private:
     size_t next_sparse_ = 0;  // of PreparedGroup::sparse
     uint32_t room_ = 0;  // largest unit so far
     std::unique_ptr<CacheLine[]> values_;  // a row of kLanes values each
+    int16_t* first_row_ = nullptr;         // of the unit: there, or where components go
     uint64_t rows_place_ = UINT64_MAX;
     uint32_t rows_plane_ = 0;
     std::array<std::byte*, kLanes> rows_;

@@ -71,6 +71,7 @@ struct Group {
         const Shape shape{tokens, channels};
         Exact<float> coefficients(channels * shape.places() * kLanes);
         Exact<uint8_t> used(channels), classes(channels);
+        const ComponentTarget components{coefficients.data.get(), used.data.get(), nullptr};
         Exact<int64_t> places(tokens);
         for (uint64_t t = 0; t < tokens; ++t)
             places.data[t] = t % 7 == 5 ? kSkippedToken
@@ -95,8 +96,7 @@ struct Group {
                                         static_cast<int64_t>(dim * width()), heads, dim,
                                         with_rope ? 0 : -1, 3, false});
             } else {
-                group.coefficients = coefficients.data.get();
-                group.used = used.data.get();
+                group.coefficients = &components;
             }
             work.groups = {group};
             decode_groups(work);

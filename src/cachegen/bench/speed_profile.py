@@ -29,8 +29,9 @@ from cachegen.profile import Profile
 
 Floats = NDArray[np.float32]
 
-# Every layer costs the same; more of them would only take longer to prepare.
-LAYERS = {"head": 4, "joint": 2}
+# Every layer costs the same; more of them would only take longer to prepare. What is done once for
+# an object weighs more here than with all layers of a model, the less so the more there are.
+LAYERS = {"head": 16, "joint": 2}
 CHUNK_TOKENS = 256
 GAUSS = 2
 # Standard deviation and mean of a channel, all together; about what models have.

@@ -1,11 +1,14 @@
 """Decoding ``progressive`` groups with a profile: components, one matrix product, planes.
 
-Components that are zero throughout a chunk are left out of the product; with one head per block of
-the basis (a per-head transform) it is one small product for each head.
+Where the extension has a kernel for the product (``native.can_transform``), one call does it all;
+elsewhere NumPy multiplies. Components that are zero throughout a chunk are left out of the product;
+with one head per block of the basis (a per-head transform) it is one small product for each head.
 """
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -17,6 +20,7 @@ from cachegen.codec import passes
 from cachegen.codec.basis import GroupBasis, ModelBasis, planes_of_group
 from cachegen.codec.fused import bodies, channels_of, constants, plane_targets
 from cachegen.codec.header import Group, Header
+from cachegen.codec.ladder import CLASSES, class_edges
 from cachegen.codec.reader import ObjectReader
 from cachegen.codec.reference import profile_classes
 from cachegen.codec.rotary import angles
@@ -94,14 +98,130 @@ class _Memory:
         return self._floats[name][begin:end].reshape(rows, columns)
 
 
+class _Classes:
+    """Classes of the components of all groups, found by one search for any step.
+
+    ``profile_classes`` says the same for one group.
+    """
+
+    def __init__(self, bases: Sequence[GroupBasis]) -> None:
+        deviations = np.concatenate([statistics.deviation for statistics in bases])
+        families = np.concatenate([statistics.families for statistics in bases])
+        sizes = [len(statistics.deviation) for statistics in bases]
+        self._ends = np.cumsum(sizes).tolist()
+        self._begins = [0, *self._ends[:-1]]
+        self._order = np.argsort(deviations, kind="stable")
+        self._deviations = deviations[self._order].astype(np.float64)
+        self._families = families * np.uint8(CLASSES)
+
+    def of(self, step: float, offsets: Sequence[int]) -> list[NDArray[np.uint8]]:
+        """Return (N,) uint8 for each group. offsets: of each, what its classes are shifted by."""
+        # Dividing keeps the order, so that the few edges can be looked up among the components.
+        steps = self._deviations / np.float64(np.float32(step))
+        bounds = steps.searchsorted(class_edges(), side="left")
+        counts = np.empty(CLASSES, np.int64)
+        counts[0], counts[-1] = bounds[0], len(steps) - bounds[-1]
+        np.subtract(bounds[1:], bounds[:-1], out=counts[1:-1])
+        classes = np.empty(len(steps), np.uint8)
+        classes[self._order] = _CLASS_NUMBERS.repeat(counts)
+        parts = []
+        for begin, end, offset in zip(self._begins, self._ends, offsets, strict=True):
+            part = classes[begin:end]
+            if offset:
+                part = _SHIFTED[128 + offset].take(part)
+            parts.append(part + self._families[begin:end])
+        return parts
+
+
+_CLASS_NUMBERS = np.arange(CLASSES, dtype=np.uint8)
+# Row 128 + offset: what every class becomes.
+_SHIFTED = np.clip(np.arange(-128, 128)[:, None] + np.arange(CLASSES), 0, CLASSES - 1).astype(
+    np.uint8
+)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """What decoding needs of a model's bases, made once."""
+
+    classes: _Classes
+    packed: tuple[native.PackedBasis, ...]
+
+
+_READY: WeakKeyDictionary[GroupBasis, _Ready] = WeakKeyDictionary()
+
+
+def _ready(header: Header, basis: ModelBasis) -> _Ready:
+    bases = [statistics for statistics in basis.bases if statistics is not None]
+    # A ModelBasis has its groups to itself, so that the first one stands for it.
+    if bases[0] not in _READY:
+        packed = []
+        for group, statistics in zip(basis.groups, bases, strict=True):
+            dims = [
+                header.geometry.plane_dim(is_value=is_value)
+                for _, is_value in planes_of_group(group)
+                for _ in range(header.geometry.kv_heads)
+            ]
+            packed.append(native.PackedBasis(statistics.basis, statistics.mean, dims=dims))
+        _READY[bases[0]] = _Ready(_Classes(bases), tuple(packed))
+    return _READY[bases[0]]
+
+
 def decode_with_profile(
     reader: ObjectReader, target: Target, basis: ModelBasis, *, step: float
 ) -> None:
     """Decode an object with a profile.
 
+    step: the finest one. Raises: TruncatedError, CorruptError, ChecksumError.
+    """
+    if native.can_transform(target.dtype):
+        _decode_at_once(reader, target, basis, step)
+    else:
+        _decode_with_products(reader, target, basis, step)
+
+
+def _decode_at_once(reader: ObjectReader, target: Target, basis: ModelBasis, step: float) -> None:
+    header = reader.header
+    ready = _ready(header, basis)
+    sides = [reader.side(index, 0) for index in range(len(basis.groups))]
+    # Decay and shift; the extension checks all of it.
+    heads = [struct.unpack_from("<Bb", side) if len(side) >= 2 else (0, 0) for side in sides]
+    classes = ready.classes.of(step, [offset for _, offset in heads])
+    sources = []
+    for index, (group, statistics) in enumerate(zip(basis.groups, basis.bases, strict=True)):
+        assert statistics is not None
+        begin, end = header.ranges[group.layer]
+        present = bodies(reader, index)
+        decay, _ = heads[index]
+        sources.append(
+            native.TransformSource(
+                end - begin,
+                present,
+                np.frombuffer(sides[index], np.uint8),
+                ready.packed[index],
+                classes[index],
+                constants(header.passes, len(present), decay, step, basis.value_weight),
+                plane_targets(header, group, target),
+            )
+        )
+    native.decode_transformed(
+        sources,
+        dtype=target.dtype,
+        stored=header.geometry.dtype,
+        passes=header.passes,
+        coarse=passes.coarse_tables(),
+        refine=passes.refine_tables(),
+        rope=header.rope,
+    )
+
+
+def _decode_with_products(
+    reader: ObjectReader, target: Target, basis: ModelBasis, step: float
+) -> None:
+    """Multiply by NumPy.
+
     Groups are decoded several at a time, as far as their components fit ``BATCH_FLOATS``: a small
     one alone has too few streams to decode side by side.
-    step: the finest one. Raises: TruncatedError, CorruptError, ChecksumError.
     """
     turns: dict[tuple[int, int, int], Floats] = {}
     memory = _Memory()

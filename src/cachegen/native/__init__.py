@@ -36,6 +36,14 @@ from cachegen.native.models import count_symbols, fit_classes, normalize_counts,
 from cachegen.native.planes import MatrixSource, QuantizedPlane, decode_planes
 from cachegen.native.sparse import parse_sparse, write_sparse
 from cachegen.native.threads import threads, use_one_thread
+from cachegen.native.transform import (
+    PackedBasis,
+    TransformSource,
+    allow_tiles,
+    can_transform,
+    decode_transformed,
+    uses_tiles,
+)
 
 _BITS = {2: np.uint16, 4: np.uint32}
 
@@ -188,16 +196,21 @@ __all__ = [
     "EncodedGroup",
     "GroupSource",
     "MatrixSource",
+    "PackedBasis",
     "PlaneTarget",
     "QuantizedPlane",
     "StreamLayout",
     "Tables",
+    "TransformSource",
+    "allow_tiles",
     "available_isas",
+    "can_transform",
     "column_medians",
     "count_symbols",
     "decode_groups",
     "decode_planes",
     "decode_segment",
+    "decode_transformed",
     "dequantize",
     "encode_segment",
     "finish_plane",
@@ -212,6 +225,7 @@ __all__ = [
     "stream_count",
     "threads",
     "use_one_thread",
+    "uses_tiles",
     "verify_segment",
     "write_sparse",
 ]

@@ -101,13 +101,20 @@ def decode_groups(
     coarse, refine: the frozen tables of the ladder.
     Raises: TruncatedError, CorruptError, GeometryError; after an error the targets hold anything.
     """
-    kinds = []
-    if rope is not None:
-        for frequencies, scale in zip(rope.frequencies, rope.attention_scale, strict=True):
-            kinds.append((np.asarray(frequencies, np.float32), float(scale), rope.interleaved))
+    kinds = rope_kinds(rope)
     _core.decode_groups(
         dtype.label, stored.label, passes, coarse._core, refine._core, kinds, groups, threads()
     )
+
+
+def rope_kinds(rope: RopeSpec | None) -> list[tuple[NDArray[np.float32], float, bool]]:
+    """Return what the extension takes for a RopeSpec."""
+    if rope is None:
+        return []
+    return [
+        (np.asarray(frequencies, np.float32), float(scale), rope.interleaved)
+        for frequencies, scale in zip(rope.frequencies, rope.attention_scale, strict=True)
+    ]
 
 
 def finish_plane(
