@@ -4,7 +4,10 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <string>
+
 #include "error.h"
+#include "float_bits.h"
 
 namespace cachegen {
 
@@ -18,6 +21,13 @@ using Matrix = Array<T, nanobind::ndim<2>>;
 inline void require(bool sound, const char* what) {
     if (!sound)
         throw Error(ErrorKind::Geometry, what, "sizes that do not fit", "sizes that do");
+}
+
+inline KVType type_of(const std::string& name) {
+    if (name == "float16") return KVType::Float16;
+    if (name == "bfloat16") return KVType::BFloat16;
+    require(name == "float32", "element type");
+    return KVType::Float32;
 }
 
 void bind_fused(nanobind::module_& m);

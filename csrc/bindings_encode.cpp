@@ -132,13 +132,6 @@ private:
         return plane;
     }
 
-    static KVType type_of(const std::string& name) {
-        if (name == "float16") return KVType::Float16;
-        if (name == "bfloat16") return KVType::BFloat16;
-        require(name == "float32", "element type");
-        return KVType::Float32;
-    }
-
     template <class T>
     std::span<const T> view(nb::handle array) {
         const auto typed = nb::cast<Vector<const T>>(array, /* convert = */ false);

@@ -16,13 +16,6 @@ namespace {
 
 namespace nb = nanobind;
 
-inline KVType type_of(const std::string& name) {
-    if (name == "float16") return KVType::Float16;
-    if (name == "bfloat16") return KVType::BFloat16;
-    require(name == "float32", "element type");
-    return KVType::Float32;
-}
-
 // Tuples as native/fused.py makes them; the arrays stay alive as long as this does.
 class GroupReader {
 public:
