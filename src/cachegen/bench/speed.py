@@ -115,6 +115,9 @@ def run_speed(
             if python is not None:
                 progress(f"{name}: LMCache")
                 own = {codec: bench.timed(codec, data) for codec, data in bench.encoded.items()}
+                whole = bench.encoded["progressive"]
+                part = whole[: prefix_bytes(read_header(whole), "balanced")]
+                own["progressive, balanced"] = bench.timed("progressive", part)
                 rows += lmcache_rows(python, bench.chunk, name, own, settings.lmcache_rounds)
             bench.close()
     finally:
