@@ -1,14 +1,14 @@
 """How much a profile gains where the KV is narrower than the hidden state: a second model.
 
-    python benchmarks/wide_model.py train FOLDER --text models/reference/work/text --minutes 12
+    python benchmarks/wide_model.py train FOLDER --text TEXT --minutes 12
     python benchmarks/wide_model.py measure FOLDER --json benchmarks/results/wide_model.json
 
 The reference model has 256 K and V channels per layer at a hidden size of 256, and all its layers
 together four times that: its KV is of low rank by construction, which flatters transforms that
 join layers. This one has 128 at 384 (one KV head of 64), the same tokenizer, text and tasks, and
-the loss of ``models/reference/train.py``, within so many minutes of CPU time. Its weights are not
-kept, its figures are. Both models are measured alike: prefixes of 256 tokens, which is what the
-second one had time to learn.
+the loss of ``models/reference/train.py``, within so many minutes of CPU time. TEXT is the folder of
+text that script prepares. The model's weights are not kept, its figures are. Both models are
+measured alike: prefixes of 256 tokens, which is what the second one had time to learn.
 """
 
 from __future__ import annotations

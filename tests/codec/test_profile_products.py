@@ -299,6 +299,7 @@ print((peak() - before) * 1024)
 """
 
 
+# Peak memory is read from the kernel: no other system tells it for one call.
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_extra_memory_is_bounded() -> None:
     """Of one thread, beyond the packed basis, which a process has once."""
