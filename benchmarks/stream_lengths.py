@@ -5,7 +5,7 @@
 One encoding for each length of streams: shorter ones are decoded by more threads and warps; each
 stores the states of 32 lanes. And the first passes of the same objects, each as places if so few
 of its symbols are not 0, else entropy-coded. The reference model's KV is that of held-out text,
-wide planes are drawn as in ``benchmarks/gpu.py``.
+wide planes are drawn as in ``benchmarks/gpu.py``, a whole model as in ``cachegen bench speed``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.console import Console
 from cachegen import native
 from cachegen.bench.calibrate import captured_contexts
 from cachegen.bench.report import environment, format_cell, write_json
+from cachegen.bench.speed_data import geometry_of, synthetic_chunk
 from cachegen.chunk import KVChunk
 from cachegen.codec import ladder, passes
 from cachegen.codec.basis import load_basis
@@ -45,6 +46,7 @@ SHARES = (0, 128, 256, 384)
 CHUNK_TOKENS = 256
 # Layers, KV heads, head dimension: planes as wide as a served model's, few of them.
 WIDE = {"llama-3.1-8b, 2 layers": (2, 8, 128), "qwen2.5-0.5b, 4 layers": (4, 2, 64)}
+WHOLE = "llama-3.1-8b"
 COLUMNS = (
     ("kv", ""),
     ("profile", ""),
@@ -178,7 +180,7 @@ def first_passes(name: str, chunks: list[KVChunk], profile: Profile | None) -> l
             "profile": profile is not None,
             "share": share,
             "chunks": len(chunks),
-            "sparse_groups": sparse[share] / groups,
+            "sparse_groups": float(sparse[share] / groups),
             "first_pass_bytes": totals[share] / len(chunks),
             "balanced_bits_per_value": 8 * (others + totals[share]) / values,
         }
@@ -198,7 +200,9 @@ def main() -> None:
         *((name, [draw_chunk(shape, CHUNK_TOKENS, seed=1)], None) for name, shape in WIDE.items()),
     ]
     rows = [row for case in cases for row in measure(*case)]
-    first = [row for case in cases for row in first_passes(*case)]
+    # Which first passes are sparse differs from plane to plane: that takes a whole model.
+    whole = (WHOLE, [synthetic_chunk(geometry_of(WHOLE), tokens=CHUNK_TOKENS)], None)
+    first = [row for case in (*cases[:2], whole) for row in first_passes(*case)]
     console = Console(width=120)
     for row in sorted(rows, key=lambda row: (row["kv"], row["profile"], row["quality"])):
         line = "  ".join(f"{name} {format_cell(row[name], form)}" for name, form in COLUMNS)
