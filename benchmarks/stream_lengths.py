@@ -6,12 +6,13 @@ One encoding for each length of streams: shorter ones are decoded by more thread
 stores the states of 32 lanes. And the first passes of the same objects, each as places if so few
 of its symbols are not 0, else entropy-coded. The reference model's KV is that of held-out text,
 wide planes are drawn as in ``benchmarks/gpu.py``, a whole model as in ``cachegen bench speed``.
+Wide groups of a profile are those of four contexts of the reference model side by side, as heads.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from cachegen import native
 from cachegen.bench.calibrate import captured_contexts
 from cachegen.bench.report import environment, format_cell, write_json
 from cachegen.bench.speed_data import geometry_of, synthetic_chunk
-from cachegen.chunk import KVChunk
+from cachegen.chunk import KVChunk, LayerKV
 from cachegen.codec import ladder, passes
 from cachegen.codec.basis import load_basis
 from cachegen.codec.container import RANS, SIDE, read_header
@@ -40,7 +41,7 @@ from cachegen.profile import Profile
 from cachegen.types import KVDtype
 
 MODEL = Path(__file__).parents[1] / "models/reference"
-STEPS = (512, 1024, 2048, 4096, 8192)
+STEPS = (512, 1024, 2048, 4096, 8192, 16384)
 # A first pass is sparse if at most one symbol of so many is not 0; 0: never.
 SHARES = (0, 128, 256, 384)
 CHUNK_TOKENS = 256
@@ -64,6 +65,37 @@ def chunks_of_reference(tokens: int) -> list[KVChunk]:
     begin, ids = begin_and_text(tokenizer, text)
     captured = captured_contexts(model, ids, tokens=tokens, context=1024, begin=begin)
     return [part for kv in captured for part in kv.astype(KVDtype.BFLOAT16).split(CHUNK_TOKENS)]
+
+
+def side_by_side(chunks: Sequence[KVChunk]) -> KVChunk:
+    """Join chunks of several contexts, at the same place of each, as heads of one."""
+    layers = []
+    for parts in zip(*(chunk.layers for chunk in chunks), strict=True):
+        keys, values = ([part.plane(is_value=side) for part in parts] for side in (False, True))
+        layers.append(LayerKV(np.concatenate(keys, axis=1), np.concatenate(values, axis=1)))
+    return KVChunk.from_layers(layers, first_position=chunks[0].first_position, rope=chunks[0].rope)
+
+
+def widened(profile: Profile, count: int) -> Profile:
+    """Return the profile of so many contexts side by side: each keeps its own components."""
+    layers, heads, *dims = profile.meta["geometry"]
+    arrays = {
+        name: np.concatenate([array] * count, axis=1)
+        for name, array in profile.arrays.items()
+        if name.startswith("metric.")
+    }
+    for index, (_, joined, planes) in enumerate(profile.meta["groups"]):
+        widths = [heads * dim for side, dim in enumerate(dims) if planes >> side & 1] * joined
+        # Channels of a context lie beside those of the others, plane by plane.
+        place = np.concatenate([np.full(width, i) for i, width in enumerate(widths)])
+        order = np.argsort(np.tile(place, count), kind="stable")
+        for name in ("mean", "deviation", "families", "scale"):
+            array = np.tile(profile.arrays[f"group{index}.{name}"], count)
+            arrays[f"group{index}.{name}"] = array[order] if name == "mean" else array
+        basis = np.kron(np.eye(count, dtype=np.int8), profile.arrays[f"group{index}.basis"])
+        arrays[f"group{index}.basis"] = basis[order]
+    meta = {**profile.meta, "geometry": [layers, heads * count, *dims]}
+    return Profile(profile.model_name, arrays, meta)
 
 
 def groups_of(
@@ -194,15 +226,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     options = parser.parse_args()
     reference = chunks_of_reference(options.tokens)
+    profile = Profile.load(MODEL / "cachegen.profile")
+    # Four chunks of each context, one context after the other.
+    contexts = [reference[begin : begin + 4] for begin in range(0, len(reference), 4)]
+    wide = [side_by_side(chunks) for chunks in zip(*contexts, strict=True)]
     cases = [
         ("reference", reference, None),
-        ("reference", reference, Profile.load(MODEL / "cachegen.profile")),
+        ("reference", reference, profile),
+        ("reference, contexts side by side", wide, widened(profile, len(contexts))),
         *((name, [draw_chunk(shape, CHUNK_TOKENS, seed=1)], None) for name, shape in WIDE.items()),
     ]
     rows = [row for case in cases for row in measure(*case)]
     # Which first passes are sparse differs from plane to plane: that takes a whole model.
     whole = (WHOLE, [synthetic_chunk(geometry_of(WHOLE), tokens=CHUNK_TOKENS)], None)
-    first = [row for case in (*cases[:2], whole) for row in first_passes(*case)]
+    first = [row for case in (*cases[:3], whole) for row in first_passes(*case)]
     console = Console(width=120)
     for row in sorted(rows, key=lambda row: (row["kv"], row["profile"], row["quality"])):
         line = "  ".join(f"{name} {format_cell(row[name], form)}" for name, form in COLUMNS)
