@@ -202,15 +202,6 @@ void turn_means(const MeansJob& job) {
     }
 }
 
-[[maybe_unused]] void find_values(const int16_t* values, size_t rows, uint32_t* found) {
-    for (size_t row = 0; row < rows; ++row, values += kLanes) {
-        uint32_t lanes = 0;
-        for (unsigned lane = 0; lane < kLanes; ++lane)
-            lanes |= static_cast<uint32_t>(values[lane] != 0) << lane;
-        found[row] = lanes;
-    }
-}
-
 inline constexpr uint8_t kLanesInOrder[kLanes] = {
     0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
     16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};

@@ -67,12 +67,5 @@ void turn_means_avx512(const MeansJob& job) {
     }
 }
 
-void find_values_avx512(const int16_t* values, size_t rows, uint32_t* found) {
-    for (size_t row = 0; row < rows; ++row) {
-        const __m512i lanes = _mm512_load_si512(values + row * kLanes);
-        found[row] = _mm512_test_epi16_mask(lanes, lanes);
-    }
-}
-
 }  // namespace
 }  // namespace cachegen

@@ -10,8 +10,6 @@ namespace cachegen {
 namespace {
 
 constexpr int kLowestRow = -24, kRowsPerPass = 6;
-// A pass with fewer bytes than one for so many values counts as sparse.
-constexpr uint64_t kValuesPerByte = 128;
 
 // Table row of a class in the pass whose step is 3^below (FORMAT.md, "Tables").
 unsigned table_row(unsigned scale_class, unsigned below) {
@@ -40,14 +38,6 @@ PreparedGroup::PreparedGroup(const FusedDecode& work, const FusedGroup& source,
     if (group.coefficients) return;
     store_exempt(work);
     if (!is_sparse()) fill_lookup(work, kernel);
-}
-
-bool PreparedGroup::is_sparse() const {
-    if (group.coefficients || group.passes.size() != 1) return false;
-    const PassBody& pass = group.passes[0];
-    if (pass.kind == PassKind::Sparse) return true;
-    // Symbols that take so few bits cannot be many.
-    return pass.kind == PassKind::Rans && pass.bytes.size() * kValuesPerByte < shape.tokens * shape.channels;
 }
 
 UnitJob PreparedGroup::job_of(const Unit& unit) const {

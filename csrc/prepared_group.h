@@ -45,7 +45,10 @@ struct PreparedGroup {
     PreparedGroup(const FusedDecode& work, const FusedGroup& source, const Kernels& kernel);
 
     // Whether nearly all values are 0: heads are finished by MeanRows.
-    bool is_sparse() const;
+    bool is_sparse() const {
+        return !group.coefficients && group.passes.size() == 1 &&
+               group.passes[0].kind == PassKind::Sparse;
+    }
 
     // A job for a unit, but for what depends on the place.
     UnitJob job_of(const Unit& unit) const;

@@ -263,7 +263,6 @@ constinit const Kernels kAvx2Kernels = {
     .fill_lookup = {},
     .turn_means = {turn_means<KVType::Float16>, turn_means<KVType::BFloat16>,
                    turn_means<KVType::Float32>},
-    .find_values = find_values_avx2,
     .scale_rows = scale_rows,
     .finish_row = {finish_row<KVType::Float16>, finish_row<KVType::BFloat16>,
                    finish_row<KVType::Float32>},

@@ -244,7 +244,6 @@ constinit const Kernels kAvx512Kernels = {
                     fill_lookup<KVType::Float32>},
     .turn_means = {turn_means_avx512<KVType::Float16>, turn_means_avx512<KVType::BFloat16>,
                    turn_means<KVType::Float32>},
-    .find_values = find_values_avx512,
     .scale_rows = scale_rows,
     .finish_row = {finish_row<KVType::Float16>, finish_row<KVType::BFloat16>,
                    finish_row<KVType::Float32>},

@@ -227,7 +227,6 @@ constinit const Kernels kNeonKernels = {
     .fill_lookup = {},
     .turn_means = {turn_means<KVType::Float16>, turn_means<KVType::BFloat16>,
                    turn_means<KVType::Float32>},
-    .find_values = find_values,
     .scale_rows = scale_rows,
     .finish_row = {finish_row<KVType::Float16>, finish_row<KVType::BFloat16>,
                    finish_row<KVType::Float32>},

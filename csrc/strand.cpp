@@ -217,25 +217,6 @@ void Strand::read_sparse(size_t steps) {
     }
 }
 
-// Whether the values of a unit are so few that a list of them says it all.
-bool Strand::list_values() {
-    if (group_->group.passes[0].kind == PassKind::Sparse) return true;
-    const uint32_t active = ~uint32_t{0} >> (kLanes - lanes_);
-    for (uint32_t begin = 0; begin < unit_.size; begin += kBlockSteps) {
-        const auto size = std::min<uint32_t>(kBlockSteps, unit_.size - begin);
-        uint32_t found[kBlockSteps];
-        kernel_.find_values(row(begin), size, found);
-        for (uint32_t i = 0; i < size; ++i) {
-            for (uint32_t lanes = found[i] & active; lanes; lanes &= lanes - 1) {
-                const auto lane = static_cast<uint8_t>(std::countr_zero(lanes));
-                few_.push_back({begin + i, lane, row(begin + i)[lane]});
-            }
-        }
-        if (few_.size() > kMostFew) return false;
-    }
-    return true;
-}
-
 void Strand::finish_coefficients() {
     const ComponentTarget& to = *group_->group.coefficients;
     if (to.values) return;  // that is where they are
@@ -265,7 +246,7 @@ void Strand::finish() {
     if (turns(work_, plane)) add_rope(plane, job);
     job.rows = rows.data();
     job.scratch = scratch_.reserve(unit_.size, work_.type);
-    if (group_->is_sparse() && list_values())
+    if (group_->is_sparse())
         return finish_means(kernel_, work_.type, job, few_, RopeCache::by_token(angles_, job.half));
     kernel_.finish_unit[static_cast<size_t>(work_.type)](job);
 }

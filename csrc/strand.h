@@ -72,9 +72,6 @@ public:
     void end_block(size_t steps);
 
 private:
-    // With more values than these in a unit the way of all others is the shorter one.
-    static constexpr size_t kMostFew = 256;
-
     uint64_t channel() const { return unit_.begin + done_; }
     int16_t* values() { return row(done_); }
     int16_t* row(uint32_t step) { return first_row_ + step * kLanes; }
@@ -84,7 +81,6 @@ private:
     void add_escapes(size_t steps);
     void read_plain(unsigned j, size_t steps);
     void read_sparse(size_t steps);
-    bool list_values();
     void finish();
     void finish_coefficients();
     void find_rows(const PlaneTarget& plane);
