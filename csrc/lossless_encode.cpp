@@ -9,27 +9,18 @@
 #include "crew.h"
 #include "dispatch.h"
 #include "lossless.h"
+#include "lossless_fit.h"
 #include "rans.h"
 
 namespace cachegen {
 namespace {
 
 constexpr uint64_t kStreamSteps = 4096;
-constexpr int kRounds = 4;
-constexpr int64_t kBit = 1024;  // units of costs
 constexpr uint8_t kFlip = 0x80;
 // Starting a thread takes as long as encoding about this many values.
 constexpr uint64_t kValuesPerThread = 1 << 16;
-// Counts of the kernel are 16 bits, and sums of so many costs 32.
-constexpr uint64_t kMostCounted = 32767;
 // Sums of 16-bit signs, until they are moved to wider ones.
 constexpr uint64_t kMostSigns = 32768;
-
-// One table for each class of channels, and the class of each channel.
-struct Fit {
-    std::vector<uint16_t> freqs;  // rows of 32
-    std::vector<uint8_t> classes;
-};
 
 // Encodes one plane after the other; memory is kept from plane to plane.
 class LosslessEncoder {
@@ -51,7 +42,7 @@ public:
         survey();
         part();
         count();
-        LosslessPlane coded = write(fit());
+        LosslessPlane coded = write(fit_lossless(counts_, costs_));
         if (coded.side.size() + coded.body.size() >= size * fields_.bytes) return {};
         return coded;
     }
@@ -132,107 +123,15 @@ private:
     void count() {
         counts_.resize(channels_ * kMaxAlphabet);
         count_symbols({tokens_, channels_, symbols_.data()}, 0, kMaxAlphabet, counts_.data());
-        everywhere_.assign(kMaxAlphabet, 0);
         for (size_t c = 0; c < channels_; ++c) {
             uint32_t* const row = &counts_[c * kMaxAlphabet];
             row[kLosslessEscape] = 0;
-            row[kLosslessEscape] =
-                static_cast<uint32_t>(tokens_ - std::accumulate(row, row + kMaxAlphabet, uint64_t{0}));
-            for (unsigned v = 0; v < kMaxAlphabet; ++v) everywhere_[v] += row[v];
+            const uint64_t others = std::accumulate(row, row + kMaxAlphabet, uint64_t{0});
+            row[kLosslessEscape] = static_cast<uint32_t>(tokens_ - others);
         }
-        if (tokens_ <= kMostCounted) narrow_.assign(counts_.begin(), counts_.end());
     }
 
-    // Chooses 1 to 16 tables, and one of them for every channel, by the bits they take in all.
-    Fit fit() {
-        // How far symbols lie from the top, in the mean, orders channels from narrow to wide.
-        std::vector<uint64_t> spread(channels_);
-        for (size_t c = 0; c < channels_; ++c)
-            for (unsigned v = 0; v < kMaxAlphabet; ++v)
-                spread[c] += uint64_t{v} * counts_[c * kMaxAlphabet + v];
-        std::vector<size_t> order(channels_);
-        std::iota(order.begin(), order.end(), size_t{0});
-        std::stable_sort(order.begin(), order.end(),
-                         [&](size_t a, size_t b) { return spread[a] < spread[b]; });
-        Fit best;
-        int64_t least = std::numeric_limits<int64_t>::max();
-        for (size_t number = 1; number <= std::min<size_t>(kMostLosslessTables, channels_);
-             number *= 2) {
-            Fit fit{{}, std::vector<uint8_t>(channels_)};
-            for (size_t i = 0; i < channels_; ++i)
-                fit.classes[order[i]] = static_cast<uint8_t>(i * number / channels_);
-            find_tables(fit, number);
-            for (int round = 0; number > 1 && round < kRounds; ++round) {
-                // Tables of the same classes would be the same.
-                if (!choose_classes(fit, number)) break;
-                find_tables(fit, number);
-            }
-            const int64_t bits = payload(fit) + kBit * 16 * kMaxAlphabet * static_cast<int64_t>(number);
-            if (bits >= least) continue;
-            least = bits;
-            best = std::move(fit);
-        }
-        return best;
-    }
-
-    // One table for each class, in which every symbol of the plane can be coded.
-    void find_tables(Fit& fit, size_t number) const {
-        std::vector<uint32_t> sums(number * kMaxAlphabet);
-        for (size_t c = 0; c < channels_; ++c)
-            for (unsigned v = 0; v < kMaxAlphabet; ++v)
-                sums[fit.classes[c] * kMaxAlphabet + v] += counts_[c * kMaxAlphabet + v];
-        for (size_t i = 0; i < sums.size(); ++i)
-            sums[i] = everywhere_[i % kMaxAlphabet] ? sums[i] + 1 : 0;
-        fit.freqs.resize(sums.size());
-        normalize_counts(sums, kMaxAlphabet, costs_.bits_saved, fit.freqs.data());
-    }
-
-    // Returns whether any class changed.
-    bool choose_classes(Fit& fit, size_t number) const {
-        std::vector<int16_t> costs(number * kMaxAlphabet);  // as class_bits takes them
-        for (size_t n = 0; n < number; ++n)
-            for (unsigned v = 0; v < kMaxAlphabet; ++v)
-                costs[2 * (v / 2 * number + n) + v % 2] = cost_of(fit, n, v);
-        bool changed = false;
-        for (size_t c = 0; c < channels_; ++c) {
-            const uint8_t chosen = cheapest(fit, costs, number, c);
-            changed |= chosen != fit.classes[c];
-            fit.classes[c] = chosen;
-        }
-        return changed;
-    }
-
-    uint8_t cheapest(const Fit& fit, const std::vector<int16_t>& costs, size_t number,
-                     size_t channel) const {
-        if (tokens_ <= kMostCounted) {
-            uint32_t bits[kMostLosslessTables];
-            const uint32_t least = kernels().symbol_rows.class_bits(
-                &narrow_[channel * kMaxAlphabet], costs.data(), number, bits);
-            return static_cast<uint8_t>(std::find(bits, bits + number, least) - bits);
-        }
-        int64_t bits[kMostLosslessTables];
-        for (size_t n = 0; n < number; ++n) bits[n] = bits_of(fit, n, channel);
-        return static_cast<uint8_t>(std::min_element(bits, bits + number) - bits);
-    }
-
-    int64_t payload(const Fit& fit) const {
-        int64_t sum = 0;
-        for (size_t c = 0; c < channels_; ++c) sum += bits_of(fit, fit.classes[c], c);
-        return sum;
-    }
-
-    int64_t bits_of(const Fit& fit, size_t table, size_t channel) const {
-        int64_t sum = 0;
-        for (unsigned v = 0; v < kMaxAlphabet; ++v)
-            sum += int64_t{counts_[channel * kMaxAlphabet + v]} * cost_of(fit, table, v);
-        return sum;
-    }
-
-    int16_t cost_of(const Fit& fit, size_t table, unsigned value) const {
-        return costs_.costs[fit.freqs[table * kMaxAlphabet + value]];
-    }
-
-    LosslessPlane write(const Fit& fit) const {
+    LosslessPlane write(const LosslessFit& fit) const {
         const size_t number = fit.freqs.size() / kMaxAlphabet;
         LosslessPlane coded;
         const std::vector<uint8_t> escapes(number, kLosslessEscape);
@@ -276,9 +175,7 @@ private:
     unsigned left_out_ = 0, bytes_ = 0;
     std::vector<uint8_t> top_, flip_, symbols_, listed_;
     std::vector<uint8_t> mantissas_[3];
-    std::vector<uint32_t> counts_;      // rows of 32
-    std::vector<uint16_t> narrow_;      // the same, if they fit
-    std::vector<uint64_t> everywhere_;  // their sums
+    std::vector<uint32_t> counts_;  // rows of 32
 };
 
 }  // namespace

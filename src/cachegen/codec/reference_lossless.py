@@ -30,7 +30,8 @@ LISTED = 127
 MAX_TABLES = 16
 FLIP = 0x80
 STREAM_STEPS = 4096
-_ROUNDS = 4
+_UNITS = 128
+_ROUNDS, _LAST_ROUNDS = 4, 2
 _COUNT = struct.Struct("<I")
 
 
@@ -118,24 +119,30 @@ def _fit_tables(symbols: Symbols) -> tuple[NDArray[np.uint16], NDArray[np.int64]
     """
     channels = symbols.shape[1]
     counts = histogram(np.minimum(symbols, ESCAPE).astype(np.uint8), ALPHABET)
-    # How far symbols lie from the top, in the mean, orders channels from narrow to wide.
+    # How far symbols lie from the top, in the mean, orders channels from narrow to wide. Among runs
+    # of them the tables are searched for; only in the end each channel chooses for itself.
     order = np.argsort((counts * np.arange(ALPHABET)).sum(axis=1), kind="stable")
-    best: tuple[int, NDArray[np.uint16], NDArray[np.int64]] | None = None
+    units = min(_UNITS, channels)
+    joined = np.zeros((units, ALPHABET), np.int64)
+    np.add.at(joined, np.arange(channels) * units // channels, counts[order])
+    best: tuple[int, NDArray[np.uint16]] | None = None
     number = 1
     while number <= min(MAX_TABLES, channels):
-        classes = np.empty(channels, np.int64)
-        classes[order] = np.arange(channels) * number // channels
-        freqs = _tables_of(counts, classes, number)
+        classes = np.arange(units) * number // units
+        freqs = _tables_of(joined, classes, number)
         for _ in range(_ROUNDS if number > 1 else 0):
-            classes = (counts @ _costs(freqs).T).argmin(axis=1)
-            freqs = _tables_of(counts, classes, number)
-        payload = int((counts * _costs(freqs)[classes]).sum())
-        total = payload + COST_UNIT * 16 * ALPHABET * number
+            classes = (joined @ _costs(freqs).T).argmin(axis=1)
+            freqs = _tables_of(joined, classes, number)
+        total = int((joined * _costs(freqs)[classes]).sum()) + COST_UNIT * 16 * freqs.size
         if best is None or total < best[0]:
-            best = total, freqs, classes
+            best = total, freqs
         number *= 2
     assert best is not None
-    return best[1], best[2]
+    freqs, classes = best[1], np.zeros(channels, np.int64)
+    for _ in range(_LAST_ROUNDS if len(freqs) > 1 else 0):
+        classes = (counts @ _costs(freqs).T).argmin(axis=1)
+        freqs = _tables_of(counts, classes, len(freqs))
+    return freqs, classes
 
 
 def _tables_of(
