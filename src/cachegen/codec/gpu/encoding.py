@@ -190,7 +190,8 @@ class EncodeJob:
         """Wait for the kernels, and return the objects.
 
         A chunk that the kernels give up is encoded on the CPU: not finite, beyond the reach of the
-        coarsest pass, so small or large that its squares are beyond float32, or with streams so uneven that their room did not suffice.
+        coarsest pass, with squares beyond float32, or with streams so uneven that their room
+        did not suffice.
         Raises: NonFiniteError and others as ``Codec.encode``, GeometryError for a slot beyond.
         """
         job = self._batch.job
