@@ -273,7 +273,7 @@ def embedding(name: str, chunks: Sequence[KVChunk], profile: Profile | None) -> 
     curves = aimed_curves(chunks, profile, objects, steps)
     payload_curve = curves.pop("payload")
     values = sum(chunk.value_count for chunk in chunks)
-    points = []
+    points: list[dict[str, Any]] = []
     weights = Coefficients.of(chunks[0], profile).basis.error_weights()
     for point in truncations(objects, weights):
         payload = size_at(payload_curve, point.distortion)
