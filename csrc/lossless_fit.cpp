@@ -17,6 +17,10 @@ constexpr int64_t kBit = 1024;  // of costs
 // Counts of the kernel are 16 bits, and sums of so many costs 32.
 constexpr uint64_t kMostCounted = 32767;
 
+void add_row(const uint32_t* __restrict counts, uint32_t* __restrict sums) {
+    for (size_t v = 0; v < kSize; ++v) sums[v] += counts[v];
+}
+
 // Rows of counts, each of a channel or of a run of them, and the classes they are in.
 class Clustering {
 public:
@@ -41,8 +45,7 @@ public:
     void find_tables(size_t number) {
         std::vector<uint32_t> sums(number * kSize);
         for (size_t row = 0; row < classes_.size(); ++row)
-            for (size_t v = 0; v < kSize; ++v)
-                sums[classes_[row] * kSize + v] += counts_[row * kSize + v];
+            add_row(&counts_[row * kSize], &sums[classes_[row] * kSize]);
         for (size_t i = 0; i < sums.size(); ++i) sums[i] = everywhere_[i % kSize] ? sums[i] + 1 : 0;
         freqs_.resize(sums.size());
         normalize_counts(sums, kSize, costs_.bits_saved, freqs_.data());
@@ -93,7 +96,8 @@ private:
 // Channels from narrow to wide: by how far symbols lie from the top, in the mean.
 std::vector<size_t> order_of(std::span<const uint32_t> counts) {
     std::vector<uint64_t> spread(counts.size() / kSize);
-    for (size_t i = 0; i < counts.size(); ++i) spread[i / kSize] += i % kSize * counts[i];
+    for (size_t c = 0; c < spread.size(); ++c)
+        for (uint32_t v = 0; v < kSize; ++v) spread[c] += uint64_t{v} * counts[c * kSize + v];
     std::vector<size_t> order(spread.size());
     std::iota(order.begin(), order.end(), size_t{0});
     std::stable_sort(order.begin(), order.end(),
@@ -110,8 +114,7 @@ LosslessFit fit_lossless(std::span<const uint32_t> counts, const LosslessCosts& 
     const size_t channels = order.size(), units = std::min(kUnits, channels);
     std::vector<uint32_t> joined(units * kSize);
     for (size_t i = 0; i < channels; ++i)
-        for (size_t v = 0; v < kSize; ++v)
-            joined[i * units / channels * kSize + v] += counts[order[i] * kSize + v];
+        add_row(&counts[order[i] * kSize], &joined[i * units / channels * kSize]);
     Clustering search(joined, costs);
     int64_t least = std::numeric_limits<int64_t>::max();
     std::vector<uint16_t> best;
