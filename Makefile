@@ -71,6 +71,7 @@ results: $(VENV)/.installed
 	@$(BIN)/cachegen eval models/reference $(PEERS) --json benchmarks/results/evaluation.json --plot docs/rate_quality.png
 	@$(BIN)/python benchmarks/embedding.py --json benchmarks/results/embedding.json
 	@$(BIN)/python benchmarks/token_redundancy.py --json benchmarks/results/token_redundancy.json
+	@$(BIN)/python benchmarks/lossless.py --json benchmarks/results/lossless.json
 	@$(BIN)/cachegen bench --bandwidth 20Mbps --json benchmarks/results/serving.json --plot docs/serving.png
 	@$(BIN)/cachegen bench speed --json benchmarks/results/speed.json --plot docs/speed.png
 	@$(BIN)/python benchmarks/stream_lengths.py --json benchmarks/results/stream_lengths.json

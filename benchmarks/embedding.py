@@ -304,7 +304,7 @@ def embedding(name: str, chunks: Sequence[KVChunk], profile: Profile | None) -> 
     curves = aimed_curves(chunks, profile, objects, parts, steps)
     coded_curve = curves.pop("coded")
     values = sum(chunk.value_count for chunk in chunks)
-    points = []
+    points: list[dict[str, Any]] = []
     for point in truncations(objects, parts):
         coded = size_at(coded_curve, point.distortion)
         sizes = {kind: size_at(curve, point.distortion) for kind, curve in curves.items()}

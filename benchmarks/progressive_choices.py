@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -114,7 +115,9 @@ def fitted(model: Any, tokenizer: Any) -> Fitted:
         finished = metric.finish()
         assert finished is not None
         metrics.append(finished)
-    return Fitted(*kinds, *metrics)
+    prose, prompts = kinds
+    prose_metric, metric_of_all = metrics
+    return Fitted(prose, prompts, prose_metric, metric_of_all)
 
 
 def answers(model: Any, kv: KVChunk, prompt: RetrievalPrompt) -> np.ndarray:
@@ -155,10 +158,10 @@ class Judge:
             ("retrieval", self.references),
             ("needle", self.needle_references),
         ):
-            for case, reference in zip(self.work.tasks[task], references, strict=True):
-                expected = [question.answer for question in case.prompt.questions[:QUESTIONS]]
-                for index, (_, _, kv) in enumerate(cut(codec, case.prefix.kv)):
-                    got = answers(self.model, kv, case.prompt)
+            for asked, reference in zip(self.work.tasks[task], references, strict=True):
+                expected = [question.answer for question in asked.prompt.questions[:QUESTIONS]]
+                for index, (_, _, kv) in enumerate(cut(codec, asked.prefix.kv)):
+                    got = answers(self.model, kv, asked.prompt)
                     rows[index]["right"][task] += (got.argmax(1) == expected).tolist()
                     if task == "retrieval":
                         kl = (np.exp(reference) * (reference - got)).sum(axis=1).mean()
@@ -211,20 +214,17 @@ def summary(row: dict[str, Any], values: int) -> dict[str, Any]:
 @contextmanager
 def constants(**changes: Any) -> Iterator[None]:
     """Change constants of ``codec.basis`` for a while."""
-    before = {name: getattr(basis, name) for name in changes}
-    plain = progressive.plain_basis
-    try:
+    weight = changes.get("PLAIN_VALUE_WEIGHT", basis.PLAIN_VALUE_WEIGHT)
+
+    def weighted(chunk: KVChunk) -> basis.ModelBasis:
+        return dataclasses.replace(basis.plain_basis(chunk), value_weight=weight)
+
+    with ExitStack() as stack:
         for name, value in changes.items():
-            setattr(basis, name, value)
-        weight = changes.get("PLAIN_VALUE_WEIGHT", basis.PLAIN_VALUE_WEIGHT)
-        progressive.plain_basis = lambda chunk: dataclasses.replace(
-            plain(chunk), value_weight=weight
-        )
+            stack.enter_context(mock.patch.object(basis, name, value))
+        # The name that the codec has imported.
+        stack.enter_context(mock.patch.object(progressive, "plain_basis", weighted))
         yield
-    finally:
-        progressive.plain_basis = plain
-        for name, value in before.items():
-            setattr(basis, name, value)
 
 
 def float_bases(profile: Profile) -> Profile:

@@ -204,7 +204,7 @@ def first_passes(name: str, chunks: list[KVChunk], profile: Profile | None) -> l
             for share in SHARES:
                 is_sparse = share > 0 and share * np.count_nonzero(symbols) <= symbols.size
                 totals[share] += padded(len(places if is_sparse else coded))
-                sparse[share] += is_sparse
+                sparse[share] += int(is_sparse)
     values = sum(chunk.value_count for chunk in chunks)
     return [
         {

@@ -99,10 +99,8 @@ def transformed(values: Floats) -> tuple[Floats, float]:
         deviation = np.sqrt(np.square(plane).mean() + 1e-12)
         guess = round(6 * float(np.log(deviation / overall)) / np.log(3))
         # Around what the deviations say, the offset with the shortest code.
-        best = min(
-            range(guess - 2, guess + 3),
-            key=lambda o, length=length: shifted(length, o).min(axis=0).sum(),
-        )
+        around = range(guess - 2, guess + 3)
+        best = around[int(np.argmin([shifted(length, o).min(axis=0).sum() for o in around]))]
         offsets.append(best)
         total += shifted(length, best)
     classes = total.argmin(axis=0)
@@ -187,10 +185,10 @@ def measure(model: Any, work: Workload, profile: Profile | None) -> list[dict[st
             row |= {"bits_by_text": bits, "kl_by_text": kl}
             row["bits_by_group"] = np.mean(groups, axis=0).tolist()
             bits, kl = [], []
-            for kv, case in asked:
+            for kv, task in asked:
                 coded_kv, total, _ = recode(parts[id(kv)], step, method)
-                other = answers(model, coded_kv, case.prompt)
-                kl.append(mean_kl(case.reference.log_probs, other.log_probs))
+                found = answers(model, coded_kv, task.prompt)
+                kl.append(mean_kl(task.reference.log_probs, found.log_probs))
                 bits.append(total / values)
             row |= {"bits_by_prompt": bits, "answer_kl_by_prompt": kl}
             rows.append(row)

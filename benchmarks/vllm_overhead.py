@@ -91,7 +91,9 @@ def make_model(folder: Path) -> None:
         max_position_embeddings=2048,
         word_embed_proj_dim=768,
     )
-    OPTForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = OPTForCausalLM(config)
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(folder)
 
 
 class Server:
@@ -216,6 +218,7 @@ class Engine:
     def turn(self, prompts: Sequence[list[int]], *, waits: bool) -> Turn:
         """See ``Server.turn``."""
         self._pipe.send((prompts, waits))
+        measured: Turn
         measured, self.counters = self._pipe.recv()
         return measured
 

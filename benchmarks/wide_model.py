@@ -49,8 +49,13 @@ CONFIG = LlamaConfig(
 )
 # Share of the time after which a phase ends at the latest.
 UNTIL = {"copy": 0.5, "recall": 0.58, "mix-128": 0.68, "mix-256": 0.84, "mix-512": 1.0}
-FILES = ("tokenizer.json", "tokenizer_config.json", "retrieval.json", "eval_text.txt")
-FILES += ("calibration_text.txt",)
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "retrieval.json",
+    "eval_text.txt",
+    "calibration_text.txt",
+)
 CODECS = ("progressive:profile=true", "progressive:profile=false", "cachegen-lmcache")
 SIZES = Sizes(
     texts=16,
@@ -69,7 +74,7 @@ def train(text: Path | None, minutes: float) -> tuple[Decoder, dict[str, object]
     model = Decoder(CONFIG)
     parameters = dict(model.named_parameters())
     embedding = parameters.pop("model.embed_tokens.weight")
-    optimizers = (
+    optimizers: tuple[torch.optim.Optimizer, ...] = (
         torch.optim.Muon(
             [p for p in parameters.values() if p.dim() == 2],
             lr=0.02,

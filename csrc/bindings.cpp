@@ -211,6 +211,7 @@ NB_MODULE(_core, m) {
 
     bind_fused(m);
     bind_encode(m);
+    bind_lossless(m);
     bind_planes(m);
     bind_profile(m);
     bind_sparse(m);

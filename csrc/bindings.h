@@ -32,6 +32,7 @@ inline KVType type_of(const std::string& name) {
 
 void bind_fused(nanobind::module_& m);
 void bind_encode(nanobind::module_& m);
+void bind_lossless(nanobind::module_& m);
 void bind_planes(nanobind::module_& m);
 void bind_profile(nanobind::module_& m);
 void bind_sparse(nanobind::module_& m);

@@ -82,6 +82,30 @@ struct SymbolRows {
                            uint32_t* bits);
     // Copies what is not read again soon. A fence has to follow before others look.
     void (*stream)(const std::byte* from, size_t bytes, std::byte* to);
+    // Undoes join_planes: `bits` planes of any number of bytes, the last byte of each filled with 0.
+    void (*split_planes)(const uint8_t* bytes, size_t size, unsigned bits, size_t plane_bytes,
+                         uint8_t* planes);
+};
+
+// Some channels of a token for `lossless`. top, flip, symbols: one byte for each channel.
+struct LosslessRow {
+    size_t size;
+    const uint8_t *top, *flip;
+    uint8_t* symbols;
+    uint8_t* mantissas[3];     // byte by byte, without the `left_out` low bits, which are 0
+    unsigned left_out, bytes;  // bytes: how many of mantissas there are
+};
+inline constexpr unsigned kWrongDistance = 1, kAnyListed = 2;
+
+struct LosslessRows {
+    // Of values side by side: the largest exponent that is finite, and how many are negative, added
+    // to what is there, in elements as wide as the values. Returns all bits that are anywhere 1.
+    uint32_t (*survey)(const void* values, size_t size, void* top, void* negative);
+    // Fills symbols and mantissas. Returns the largest symbol.
+    unsigned (*part)(const LosslessRow& row, const void* values);
+    // Undoes it, listed exponents being 0. Returns whether any distance is beyond the top, and
+    // whether any is listed.
+    unsigned (*join)(const LosslessRow& row, void* values);
 };
 
 struct Kernels {
@@ -137,6 +161,7 @@ struct Kernels {
                            void* values);
     } per_type[kKVTypes];
     SymbolRows symbol_rows;
+    LosslessRows lossless_rows[kKVTypes];
 };
 
 // All backends of this build, slowest first. Some may need a newer processor than this one.

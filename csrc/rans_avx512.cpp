@@ -12,6 +12,7 @@
 #include "ladder_avx512.h"
 #include "mean_rows_avx512.h"
 #include "encode_rows.h"
+#include "lossless_rows.h"
 #include "quantize_rows.h"
 #include "symbol_rows.h"
 #include "rans_simd.h"
@@ -252,6 +253,8 @@ constinit const Kernels kAvx512Kernels = {
     .per_type = {row_kernels<KVType::Float16>(), row_kernels<KVType::BFloat16>(),
                  row_kernels<KVType::Float32>()},
     .symbol_rows = symbol_rows(),
+    .lossless_rows = {lossless_rows<KVType::Float16>(), lossless_rows<KVType::BFloat16>(),
+                      lossless_rows<KVType::Float32>()},
 };
 
 }  // namespace cachegen

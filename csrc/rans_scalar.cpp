@@ -7,6 +7,7 @@
 #include "dispatch.h"
 #include "ladder_rows.h"
 #include "encode_rows.h"
+#include "lossless_rows.h"
 #include "quantize_rows.h"
 #include "symbol_rows.h"
 
@@ -166,6 +167,8 @@ constinit const Kernels kScalarKernels = {
     .per_type = {row_kernels<KVType::Float16>(), row_kernels<KVType::BFloat16>(),
                  row_kernels<KVType::Float32>()},
     .symbol_rows = symbol_rows(),
+    .lossless_rows = {lossless_rows<KVType::Float16>(), lossless_rows<KVType::BFloat16>(),
+                      lossless_rows<KVType::Float32>()},
 };
 
 }  // namespace cachegen

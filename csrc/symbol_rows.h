@@ -9,6 +9,8 @@
 #include "dispatch.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 namespace cachegen {
@@ -193,6 +195,46 @@ inline uint32_t class_bits(const uint16_t* counts, const int16_t* costs, size_t 
     return least;
 }
 
+// Bit `bit` of `size` bytes to the plane `bit`, for all of them.
+inline void split_planes(const uint8_t* bytes, size_t size, unsigned bits, size_t plane_bytes,
+                         uint8_t* planes) {
+    size_t i = 0;
+    // Bits are moved to the top of each byte; what comes from the byte below is not looked at.
+#if defined(__AVX512BW__)
+    for (; i + 64 <= size; i += 64) {
+        const __m512i row = _mm512_loadu_si512(bytes + i);
+        for (unsigned bit = 0; bit < bits; ++bit) {
+            const uint64_t found = _mm512_test_epi8_mask(row, _mm512_set1_epi8(static_cast<char>(1 << bit)));
+            std::memcpy(planes + bit * plane_bytes + i / 8, &found, 8);
+        }
+    }
+#elif defined(__AVX2__)
+    for (; i + 32 <= size; i += 32) {
+        const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + i));
+        for (unsigned bit = 0; bit < bits; ++bit) {
+            const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(7 - bit));
+            const int found = _mm256_movemask_epi8(_mm256_sll_epi16(row, shift));
+            std::memcpy(planes + bit * plane_bytes + i / 8, &found, 4);
+        }
+    }
+#elif defined(__SSE2__)
+    for (; i + 16 <= size; i += 16) {
+        const __m128i row = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i));
+        for (unsigned bit = 0; bit < bits; ++bit) {
+            const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(7 - bit));
+            const auto found = static_cast<uint16_t>(_mm_movemask_epi8(_mm_sll_epi16(row, shift)));
+            std::memcpy(planes + bit * plane_bytes + i / 8, &found, 2);
+        }
+    }
+#endif
+    for (; i < size; i += 8) {
+        uint64_t eight = 0;
+        std::memcpy(&eight, bytes + i, std::min<size_t>(8, size - i));
+        for (unsigned bit = 0; bit < bits; ++bit)
+            planes[bit * plane_bytes + i / 8] = static_cast<uint8_t>(collect_bits(eight >> bit));
+    }
+}
+
 // Past the caches, where whole lines go: nothing of the old contents is needed.
 inline void stream_row(const std::byte* from, size_t bytes, std::byte* to) {
     size_t at = 0;
@@ -212,7 +254,7 @@ inline void stream_row(const std::byte* from, size_t bytes, std::byte* to) {
 
 constexpr SymbolRows symbol_rows() {
     return {join_planes,   largest_symbol, rotate_block, add_low_digits,
-            count_symbols, class_bits,     stream_row};
+            count_symbols, class_bits,     stream_row,   split_planes};
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # Before anything loads OpenMP: tests run side by side, and more threads than cores only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import settings
+from numpy.typing import NDArray
 
 from cachegen.chunk import KVChunk, LayerKV
 
@@ -20,6 +21,7 @@ settings.register_profile("cachegen", deadline=None)
 settings.load_profile("cachegen")
 
 MakeKV = Callable[..., KVChunk]
+MakeSymbols = Callable[..., NDArray[np.uint8]]
 
 
 def synthetic_kv(
@@ -50,3 +52,33 @@ def synthetic_kv(
 @pytest.fixture(scope="session")
 def make_kv() -> MakeKV:
     return synthetic_kv
+
+
+def sparse_symbols(
+    tokens: int, channels: int, *, count: int, largest: int = 254
+) -> NDArray[np.uint8]:
+    """Draw a matrix with up to so many symbols that are not 0, the largest one among them."""
+    rng = np.random.default_rng(count)
+    symbols = np.zeros((tokens, channels), np.uint8)
+    at = rng.choice(symbols.size, min(count, symbols.size), replace=False)
+    symbols.flat[at] = np.minimum(rng.geometric(0.4, len(at)), largest)
+    symbols.flat[at[:3]] = [largest, 3, 2][: len(at[:3])]
+    return symbols
+
+
+@pytest.fixture(scope="session")
+def make_sparse() -> MakeSymbols:
+    return sparse_symbols
+
+
+def flips(body: bytes) -> Iterator[bytes]:
+    """Yield a body with each of its bits flipped in turn."""
+    for bit in range(8 * len(body)):
+        damaged = bytearray(body)
+        damaged[bit // 8] ^= 1 << bit % 8
+        yield bytes(damaged)
+
+
+@pytest.fixture(scope="session")
+def every_flip() -> Callable[[bytes], Iterator[bytes]]:
+    return flips

@@ -16,11 +16,12 @@ SOURCE = Path(cachegen.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 # A part may import the parts named here, and itself.
-BASE = {"errors", "types", "chunk", "units"}
+BASE = {"errors", "types", "chunk", "units", "atomic"}
 ALLOWED = {
     "errors": set(),
     "types": {"errors"},
     "units": {"errors"},
+    "atomic": {"errors"},
     "chunk": {"errors", "types"},
     "settings": BASE,
     "kvfile": BASE,

@@ -47,9 +47,11 @@ class Arrays:
         return Tensor(memory.address, flat.shape, strides, dtype, self._index, memory)
 
     def get(self, tensor: Tensor) -> np.ndarray:
+        assert tensor.dtype is not None  # put gave it one
         dtype = tensor.dtype.numpy
         size = int(np.prod(tensor.shape)) * dtype.itemsize
-        return self._device.download(tensor.address, size, 0).view(dtype).reshape(tensor.shape)
+        found: np.ndarray = self._device.download(tensor.address, size, 0)
+        return found.view(dtype).reshape(tensor.shape)
 
 
 def attack(arrays: Arrays, device: Any, sample: Sample, whole: KVChunk) -> bool:

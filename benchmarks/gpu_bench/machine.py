@@ -49,14 +49,14 @@ class Bench:
     def seconds(self, work: Callable[[], object], repeats: int = REPEATS) -> float:
         """Return the median time of some work on the device."""
         if self.dry:
-            begin = time.perf_counter()
+            begin_s = time.perf_counter()
             work()
-            return time.perf_counter() - begin
+            return time.perf_counter() - begin_s
         import torch
 
         for _ in range(2):
             work()
-        times = []
+        times: list[float] = []
         for _ in range(repeats):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

@@ -24,7 +24,7 @@ def time_models(bench: Bench) -> tuple[list[dict[str, Any]], str]:
         return [], "transformers is not installed"
     from cachegen.bench.advise import MODELS
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, (heads, wide) in PREFILL_MODELS.items():
         model = MODELS[name]
         for tokens in PROMPTS if not bench.dry else (64,):
@@ -75,7 +75,8 @@ def _time_model(
     )
     device = "cpu" if bench.dry else "cuda"
     with torch.device(device), torch.no_grad():
-        network = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        network = LlamaForCausalLM(config).eval()
+        torch.nn.Module.to(network, torch.bfloat16)
         ids = torch.randint(0, config.vocab_size, (1, tokens))
         prefill_s = bench.seconds(
             lambda: network(input_ids=ids, use_cache=True, logits_to_keep=1), repeats=5

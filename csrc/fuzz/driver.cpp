@@ -303,6 +303,7 @@ int main(int argc, char** argv) {
             if (round % 16 == 0) fuzz_fused(random, round);
             if (round % 8 == 0) fuzz_encode(random, round);
             if (round % 2 == 0) fuzz_planes(random, round);
+            if (round % 4 == 1) fuzz_lossless(random, round);
         }
     }
     std::printf("%u passed, %u failed\n", passed, failed);

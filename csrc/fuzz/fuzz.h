@@ -77,4 +77,7 @@ void fuzz_encode(Random& random, uint64_t round);
 // Whole planes of `int8` and `cachegen`: see planes.cpp.
 void fuzz_planes(Random& random, uint64_t round);
 
+// Planes of `lossless`: see lossless.cpp.
+void fuzz_lossless(Random& random, uint64_t round);
+
 }  // namespace cachegen

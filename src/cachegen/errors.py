@@ -19,6 +19,7 @@ The tree::
     │       ├── ChecksumError             a checksum does not match its bytes
     │       ├── LimitError                a length or count is beyond its cap
     │       └── CorruptError              fields contradict each other or the coded data
+    ├── FileWriteError (also OSError)     a file could not be written; the CLI exits with 1
     └── StoreError                        a store failed; the CLI exits with 1
         ├── StoreFullError                quota or disk is exhausted
         ├── StoreReadOnlyError            the store cannot be written
@@ -121,6 +122,10 @@ class LimitError(FormatError):
 
 class CorruptError(FormatError):
     """Fields contradict each other, or the coded data contradicts its header."""
+
+
+class FileWriteError(CacheGenError, OSError):
+    """A file could not be written; an older one of that name is as it was."""
 
 
 class StoreError(CacheGenError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
+import re
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from cachegen.atomic import replacing
 from cachegen.chunk import KVChunk, LayerKV
 from cachegen.errors import (
     ChecksumError,
@@ -64,9 +65,9 @@ def save_kv(
     """Write a chunk to a safetensors file: whole or not at all, replacing an older file.
 
     chunk: any strides; rows are copied to be contiguous. token_ids: T integers.
-    Raises: GeometryError if there are not T token ids. OSError if the file cannot be written.
+    Raises: GeometryError if there are not T token ids. FileWriteError, which is an OSError, or
+        FileNotFoundError, if the file cannot be written.
     """
-    target = Path(path)
     tensors: dict[str, Array] = {}
     for index, layer in enumerate(chunk.layers):
         tensors[f"layers.{index}.keys"] = np.ascontiguousarray(layer.keys)
@@ -91,18 +92,16 @@ def save_kv(
         "kv": text,
         "crc32": _checksum(text, tensors),
     }
-    # Temp then rename, so that a reader never sees half a file.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        save_file(tensors, temporary, metadata=header)
-        _sync(temporary)
-        os.replace(temporary, target)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {target}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        _sync(target.parent)
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=header)
+        except SafetensorError as error:
+            # It has the number of the system's error in its text alone.
+            found = re.search(r"os error (\d+)", str(error))
+            if found is None:
+                raise OSError(str(error)) from error
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), os.fspath(path)) from error
 
 
 def load_kv(path: str | os.PathLike[str]) -> KVFile:
@@ -236,11 +235,3 @@ def _diagnose(path: Path, error: Exception) -> InputError:
     if 8 + length + end > size:
         return TruncatedError("KV file", got=f"{size} bytes", expected=f"{8 + length + end}")
     return CorruptError("KV file", got=str(error), expected="a sound safetensors file")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

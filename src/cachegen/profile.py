@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from cachegen.atomic import write_whole
 from cachegen.errors import CacheGenError, ProfileError
 from cachegen.types import Array
 
@@ -99,18 +98,8 @@ class Profile:
         return profile
 
     def save(self, path: str | Path) -> None:
-        """Write the profile; temp then rename, so that a reader never sees half of it."""
-        target = Path(path)
-        handle, temp = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(self.to_bytes())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temp, target)
-        except BaseException:
-            Path(temp).unlink(missing_ok=True)
-            raise
+        """Write the profile, whole or not at all. Raises: FileWriteError, FileNotFoundError."""
+        write_whole(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:

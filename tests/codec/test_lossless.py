@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
@@ -10,13 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cachegen import native
 from cachegen.chunk import KVChunk, LayerKV
+from cachegen.codec import reference_lossless
+from cachegen.codec.base import empty_chunk, planes_of
 from cachegen.codec.container import SIDE, read_header, write_object
+from cachegen.codec.entropy import bits_saved
 from cachegen.codec.header import SegmentBody
-from cachegen.codec.lossless import LosslessCodec
+from cachegen.codec.lossless import LosslessCodec, symbol_costs
 from cachegen.codec.reader import ObjectReader
 from cachegen.codec.registry import decode, get_codec
+from cachegen.codec.target import Target
 from cachegen.errors import CorruptError, FormatError, TruncatedError
+from cachegen.types import KVDtype
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
 
@@ -157,3 +164,146 @@ def test_parameters_are_refused(make_kv) -> None:
     assert read_header(data).params
     with pytest.raises(CorruptError, match="lossless parameters"):
         decode(data)
+
+
+@pytest.fixture(params=native.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = native.isa()
+    native.select_isa(request.param)
+    yield request.param
+    native.select_isa(before)
+
+
+def chunk_like_kv(shape: tuple[int, int, int, int], dtype: type, *, seed: int = 0) -> KVChunk:
+    """Draw channels with means, spreads and signs of their own, and a few special values."""
+    layers, tokens, heads, dim = shape
+    rng = np.random.default_rng(seed)
+    channel = (layers, 2, 1, heads, dim)
+    values = rng.normal(0, 1, channel) + np.exp(rng.normal(0, 1, channel)) * rng.normal(
+        0, 1, (layers, 2, tokens, heads, dim)
+    )
+    values[rng.random(values.shape) < 0.002] = 1e-30
+    values[rng.random(values.shape) < 0.002] = np.nan
+    values[rng.random(values.shape) < 0.002] = -0.0
+    return KVChunk.from_array(values.astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(2, 256, 2, 64), (1, 70, 3, 21), (1, 33, 1, 130), (2, 9, 2, 1), (1, 1, 1, 7)], ids=str
+)
+def test_bytes_and_values_are_those_of_the_twin(isa: str, shape, dtype) -> None:
+    chunk = chunk_like_kv(shape, dtype)
+    for planes in (planes_of(chunk), [plane[::-1, :, ::-1] for plane in planes_of(chunk)]):
+        coded = native.encode_lossless(
+            planes, dtype=chunk.geometry.dtype, costs=symbol_costs(), bits_saved=bits_saved()
+        )
+        for plane, (side, body) in zip(planes, coded, strict=True):
+            expected = reference_lossless.encode_plane(plane, chunk.geometry.dtype)
+            assert (side.tobytes(), body.tobytes()) == expected
+    data = check(chunk)
+    reader = ObjectReader(data)
+    twin = empty_chunk(reader.header)
+    reference_lossless.decode_planes(reader, Target(reader.header, twin))
+    for a, b in zip(planes_of(chunk), planes_of(twin), strict=True):
+        assert np.array_equal(bits(a), bits(b))
+
+
+def test_more_tokens_than_16_bits_count(isa: str) -> None:
+    """Signs and counts are summed in 16 bits, for so many tokens at a time."""
+    rng = np.random.default_rng(0)
+    values = (rng.normal(-1, 1, (1, 2, 70_000, 1, 3)) * [1, 5, 0.1]).astype(np.float16)
+    plane = values[0, 0]
+    ((side, body),) = native.encode_lossless(
+        [plane], dtype=KVDtype.FLOAT16, costs=symbol_costs(), bits_saved=bits_saved()
+    )
+    expected = reference_lossless.encode_plane(plane, KVDtype.FLOAT16)
+    assert len(side)
+    assert (side.tobytes(), body.tobytes()) == expected
+    check(KVChunk.from_array(values))
+
+
+@pytest.mark.parametrize("source", [np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn])
+def test_what_once_was_a_smaller_type_costs_no_more(make_kv, source) -> None:
+    """Low mantissa bits that are 0 everywhere are left out."""
+    narrow = make_kv(layers=1, heads=2, tokens=128, dim=32, dtype=np.float32)
+    arrays = [plane.astype(source) for plane in planes_of(narrow)]
+    target = ml_dtypes.bfloat16 if source is ml_dtypes.float8_e4m3fn else np.float32
+    wide = KVChunk.from_layers([LayerKV(*(array.astype(target) for array in arrays))])
+    size = len(check(wide))
+    bits_of_mantissa = ml_dtypes.finfo(source).nmant
+    values = 2 * arrays[0].size
+    # Mantissas as they are, 5 bits at most for sign and exponent, and 2 KiB for all else.
+    assert size < values * (bits_of_mantissa + 5) / 8 + 2048
+    if source is not ml_dtypes.float8_e4m3fn:
+        same = KVChunk.from_layers([LayerKV(*arrays)])
+        assert abs(size - len(check(same))) < 0.02 * size
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_constant_takes_next_to_nothing(dtype, value: float) -> None:
+    chunk = KVChunk.from_array(np.full((1, 2, 256, 4, 64), value, dtype))
+    planes = 256 * 4 * 64 * 2 // 8 if value == -1.5 else 0  # one bit of the mantissa
+    assert len(check(chunk)) < planes + 4096
+
+
+def test_threads_do_not_change_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = chunk_like_kv((4, 256, 4, 64), np.float16)
+    found = set()
+    for count in ("1", "2"):
+        monkeypatch.setenv("CACHEGEN_THREADS", count)
+        found.add(check(chunk))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_every_cut_and_flip_of_a_plane(dtype) -> None:
+    """Damage behind right checksums: a named error or other values, the same as the twin's."""
+    chunk = chunk_like_kv((1, 70, 1, 11), dtype, seed=3)
+    ((side, body),) = native.encode_lossless(
+        planes_of(chunk)[:1],
+        dtype=chunk.geometry.dtype,
+        costs=symbol_costs(),
+        bits_saved=bits_saved(),
+    )
+    assert len(side)
+    rng = np.random.default_rng(0)
+    cuts = [(side[:size], body) for size in range(1, len(side))]
+    cuts += [(side, body[:size]) for size in range(len(body))]
+    for cut in cuts:
+        with pytest.raises(FormatError):
+            decode(plane_object(chunk, *cut))
+    cases = []
+    for part in range(2):
+        for at in range(0, len((side, body)[part]), 3):
+            both = [side.copy(), body.copy()]
+            both[part][at] ^= 1 << int(rng.integers(8))
+            cases.append((both[0], both[1]))
+    refused = 0
+    for damaged in cases:
+        data = plane_object(chunk, *damaged)
+        try:
+            expected = twin_bits(data)
+        except FormatError:
+            refused += 1
+            with pytest.raises(FormatError):
+                decode(data)
+        else:
+            assert np.array_equal(bits(decode(data).layers[0].keys), expected)
+    assert 0 < refused < len(cases)
+
+
+def plane_object(chunk: KVChunk, side: np.ndarray, body: np.ndarray) -> bytes:
+    """Write an object whose first plane has these bytes; its second one is stored as it is."""
+    values = planes_of(chunk)[1].tobytes()
+    segments = [SegmentBody(0, 0, SIDE, side.tobytes()), SegmentBody(0, 0, 3, body.tobytes())]
+    segments.append(SegmentBody(1, 0, 3, values))
+    return write_object(chunk, codec_id=5, passes=1, params=b"", segments=segments)
+
+
+def twin_bits(data: bytes) -> np.ndarray:
+    reader = ObjectReader(data)
+    twin = empty_chunk(reader.header)
+    reference_lossless.decode_planes(reader, Target(reader.header, twin))
+    return bits(twin.layers[0].keys)

@@ -218,3 +218,11 @@ def test_profile_tables(make_kv, tmp_path) -> None:
         decode(data, profile=Profile("other", {}))
     with pytest.raises(ProfileError):
         CacheGenCodec(tables="profile").encode(chunk)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_one_token_and_none(codec: Codec, make_kv, dtype) -> None:
+    one = make_kv(tokens=1, dtype=dtype)
+    assert decode(codec.encode(one)).geometry == one.geometry
+    with pytest.raises(GeometryError, match="tokens: got 0, expected 1"):
+        codec.encode(make_kv(tokens=0, dtype=dtype))

@@ -12,7 +12,7 @@ import pytest
 
 from cachegen.chunk import KVChunk, LayerKV
 from cachegen.codec import gpu
-from cachegen.codec.base import Codec
+from cachegen.codec.base import Codec, planes_of
 from cachegen.codec.cachegen import CacheGenCodec
 from cachegen.codec.container import RANS, SIDE, SPARSE, read_header
 from cachegen.codec.entropy import normalize_counts
@@ -287,7 +287,13 @@ def test_what_the_kernels_leave_to_the_cpu(
     far = kv.layers[0].keys.copy()
     far[:, 1, 3] *= np.where(np.arange(64) == 20, 1e4, 1)
     wide = KVChunk.from_layers([LayerKV(far, kv.layers[0].values)])
-    for codec, chunk in ((ProgressiveCodec(passes=1, step=0.001), wide),):
+    tiny = KVChunk.from_layers(
+        [LayerKV(*(plane * np.float32(2.0**-80) for plane in planes_of(kv)))]
+    )
+    for codec, chunk in (
+        (ProgressiveCodec(passes=1, step=0.001), wide),
+        (ProgressiveCodec(), tiny),
+    ):
         job = gpu.prepare_encode(codec, [on_device(chunk)], device=emulated)
         job.launch()
         assert job.finish() == [codec.encode(chunk)]

@@ -13,15 +13,6 @@ SHAPES = [(1, 1), (1, 5), (31, 7), (32, 1), (33, 64), (300, 40)]
 LARGEST = 254
 
 
-def matrix(tokens: int, channels: int, *, count: int) -> sparse.Symbols:
-    rng = np.random.default_rng(count)
-    symbols = np.zeros((tokens, channels), np.uint8)
-    at = rng.choice(symbols.size, min(count, symbols.size), replace=False)
-    symbols.flat[at] = np.minimum(rng.geometric(0.4, len(at)), LARGEST)
-    symbols.flat[at[:3]] = [LARGEST, 3, 2][: len(at[:3])]
-    return symbols
-
-
 def pairs_of(symbols: sparse.Symbols) -> np.ndarray:
     """Return what parse_sparse returns."""
     tokens, channels = symbols.shape
@@ -34,9 +25,9 @@ def pairs_of(symbols: sparse.Symbols) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("count", [0, 1, 7])
-def test_equal_to_the_numpy_twin(shape: tuple[int, int], count: int) -> None:
+def test_equal_to_the_numpy_twin(make_sparse, shape: tuple[int, int], count: int) -> None:
     steps = -(-shape[0] // sparse.LANES) * shape[1]
-    symbols = matrix(*shape, count=min(count, steps))
+    symbols = make_sparse(*shape, count=min(count, steps))
     body, pairs = sparse.write_sparse(symbols), pairs_of(symbols)
     assert native.write_sparse(pairs, *shape) == body
     read = native.parse_sparse(body, *shape, largest=LARGEST)
@@ -44,18 +35,16 @@ def test_equal_to_the_numpy_twin(shape: tuple[int, int], count: int) -> None:
     assert np.array_equal(read, pairs)
 
 
-def test_damage_is_refused_with_the_numpy_twin() -> None:
-    symbols = matrix(40, 50, count=12)
+def test_damage_is_refused_with_the_numpy_twin(make_sparse, every_flip) -> None:
+    symbols = make_sparse(40, 50, count=12)
     body = sparse.write_sparse(symbols)
     refused = 0
-    for bit in range(8 * len(body)):
-        damaged = bytearray(body)
-        damaged[bit // 8] ^= 1 << bit % 8
+    for damaged in every_flip(body):
         try:
-            expected = sparse.read_sparse(bytes(damaged), symbols.shape, LARGEST)
+            expected = sparse.read_sparse(damaged, symbols.shape, LARGEST)
         except CorruptError:
             with pytest.raises(CorruptError, match="sparse segment"):
-                native.parse_sparse(bytes(damaged), *symbols.shape, largest=LARGEST)
+                native.parse_sparse(damaged, *symbols.shape, largest=LARGEST)
             refused += 1
         else:
             read = native.parse_sparse(damaged, *symbols.shape, largest=LARGEST)
@@ -76,7 +65,7 @@ def test_damage_is_refused_with_the_numpy_twin() -> None:
         [[0, 1, 2]],
     ],
 )
-def test_pairs_that_are_none_of_a_matrix(pairs: list[list[int]]) -> None:
+def test_pairs_that_are_none_of_a_make_sparse(make_sparse, pairs: list[list[int]]) -> None:
     with pytest.raises(GeometryError):
         native.write_sparse(np.array(pairs, np.uint32), 40, 50)
 

@@ -9,7 +9,6 @@ import struct
 import threading
 import time
 from dataclasses import dataclass
-from types import TracebackType
 
 # What a server that is overloaded says, in the language of each protocol.
 STORM = {
@@ -79,12 +78,7 @@ class Proxy:
     def __enter__(self) -> Proxy:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _listen(self) -> None:

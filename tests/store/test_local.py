@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cachegen.errors import ConfigError, StoreError, StoreFullError, StoreReadOnlyError
-from cachegen.store import LocalStore, files, ledger, local
+from cachegen.store import LocalStore, eviction, files, ledger
 
 CALLS = ("open", "pwrite", "write", "utime", "fsync", "mkdir", "replace", "unlink", "close")
 
@@ -207,7 +207,7 @@ def test_evicts_the_least_recently_used(folder: Path) -> None:
 
 def test_order_is_exact_over_many_evictions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a model, with a queue so short that it is refilled often, and two instances."""
-    monkeypatch.setattr(local, "_QUEUE_LENGTH", 3)
+    monkeypatch.setattr(eviction, "_QUEUE_LENGTH", 3)
     stores = [LocalStore(folder, 200), LocalStore(folder, 200)]
     rng = random.Random(3)
     model: dict[str, int] = {}  # the least recently used first
@@ -384,7 +384,7 @@ def failing_puts(
         folder = tmp_path / f"{code}-{step}"
         shutil.copytree(template.path, folder)
         store = LocalStore(folder, 300)
-        store._queue.clear()  # so that the put has to scan
+        store._values.forget()  # so that the put has to scan
         with pytest.MonkeyPatch.context() as patch:
             faults = Faults(patch, step, code, lasting=lasting)
             try:

@@ -88,11 +88,12 @@ def calibrate(
             except UnsupportedModelError as error:
                 metric, refusal = None, str(error)
     if fit is None:
+        longest = max((len(ids) for ids in texts), default=0)
         raise GeometryError(
             "calibration text",
-            got=f"{sum(len(ids) for ids in texts)} tokens",
-            expected=f"at least {context}",
-            remedy="give more text or a smaller context",
+            got=f"{longest} tokens in the longest text, {tokens} of all to be used",
+            expected=f"at least {context} of both, one context",
+            remedy="give more text, use more tokens or a smaller context",
         )
     progress("fitting bases")
     profile = fit.finish(

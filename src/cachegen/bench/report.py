@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cachegen.atomic import write_whole
 from cachegen.errors import ConfigError
 
 _PACKAGES = ("cachegen", "numpy", "torch", "transformers")
@@ -72,22 +73,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing. Raises: ConfigError if the folder does not exist."""
+    """Write a whole file or nothing.
+
+    Raises: ConfigError if the folder does not exist, FileWriteError.
+    """
     if not path.parent.is_dir():
         raise ConfigError("folder", got=path.parent, expected="a folder", remedy="create it first")
-    handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temp, 0o666 & ~umask)
-        os.replace(temp, path)
-    except BaseException:
-        Path(temp).unlink(missing_ok=True)
-        raise
+    write_whole(path, data)
 
 
 # Column of the demo's table: key of a row, heading, format.
@@ -213,11 +205,16 @@ def load_pyplot() -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure and close it. Raises: ConfigError for a bad folder or suffix."""
+    """Write a figure and close it.
+
+    Raises: ConfigError for a bad folder or suffix, FileWriteError.
+    """
     figure.tight_layout()
+    drawn = io.BytesIO()
     try:
-        figure.savefig(path, dpi=120)
-    except (ValueError, OSError) as error:
+        figure.savefig(drawn, dpi=120, format=path.suffix[1:] or None)
+    except ValueError as error:
         raise ConfigError("plot file", got=path, expected=str(error)) from None
     finally:
         load_pyplot().close(figure)
+    write_atomically(path, drawn.getvalue())

@@ -89,7 +89,8 @@ def normalize_counts(counts: NDArray[Any]) -> Freqs:
 
 
 @functools.cache
-def _bits_saved() -> NDArray[np.float64]:
+def bits_saved() -> NDArray[np.float64]:
+    """Return log2((f + 1) / f) for frequencies f up to 4096; that of 0 is not looked at."""
     freqs = np.arange(TOTAL + 1, dtype=np.float64)
     freqs[0] = 1
     return np.log2((freqs + 1) / freqs)
@@ -212,7 +213,7 @@ def encode_matrix(
     else:
         if mode is TableMode.CHUNK:
             counts = native.count_symbols(symbols, alphabet_size(levels), shift=shift)
-            freqs = native.normalize_counts(counts, _bits_saved())
+            freqs = native.normalize_counts(counts, bits_saved())
             side = freqs.astype("<u2").tobytes()
         else:
             freqs, side = checked_profile(profile_freqs, channels, levels), b""

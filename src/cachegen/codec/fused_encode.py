@@ -23,6 +23,12 @@ from cachegen.codec.basis import (
 )
 from cachegen.codec.container import BYTES, PACKED, RANS, SIDE, SPARSE
 from cachegen.codec.header import Group, SegmentBody
+from cachegen.codec.magnitude import (
+    balancing_exponent,
+    has_plain_squares,
+    representable,
+    scaled,
+)
 from cachegen.codec.reference import profile_base
 from cachegen.codec.rotary import angles
 from cachegen.codec.side import GroupSide
@@ -69,23 +75,38 @@ def encode_chunk(
 
     sinks: tokens of the chunk to store exactly. relative_step: the finest step, relative to the
     root mean square of centred values.
-    Returns: segments, the finest step and that root mean square. Raises: NonFiniteError.
+    Returns: segments, the finest step, and that root mean square in the unit of distortions: times
+        the power of two that the chunk was encoded as. Raises: NonFiniteError.
     """
     exempt = [_held(sinks, chunk, group) for group in basis.groups]
     encoder = make_encoder(chunk, basis, exempt)
     refused, energies = encoder.survey()
     if refused is not None:
         refuse_non_finite(chunk, basis.groups[refused])
-    values = chunk.value_count
-    energy = sum(energies)
-    spread = float(np.sqrt(energy / max(values, 1)))
-    step = float(np.float32(relative_step * spread)) if spread > 0 else 1.0
+    spread, exponent = _spread(chunk, energies), 0
+    # A profile's means are of one scale, so there is nothing to gain.
+    if not has_plain_squares(spread) and all(known is None for known in basis.bases):
+        exponent = balancing_exponent(chunk)
+    if exponent:
+        encoder = make_encoder(scaled(chunk, exponent), basis, exempt)
+        spread = _spread(chunk, encoder.survey()[1])
+    step = representable(relative_step * spread if spread > 0 else 1.0, exponent)
     found = encoder.encode(step, passes_)
+    if exponent:
+        found = [
+            group._replace(mean_scale=float(np.float32(np.ldexp(group.mean_scale, -exponent))))
+            for group in found
+        ]
     segments: list[SegmentBody] = []
     for index, (group, weight) in enumerate(zip(found, basis.error_weights(), strict=True)):
         unit = step * step * weight
         segments += _segments(chunk, basis, index, group, passes_, unit)
-    return segments, step, spread
+    return segments, float(np.ldexp(step, -exponent)), spread
+
+
+def _spread(chunk: KVChunk, energies: Sequence[float]) -> float:
+    """Return the root mean square of centred values."""
+    return float(np.sqrt(sum(energies) / max(chunk.value_count, 1)))
 
 
 def _held(tokens: NDArray[np.int64], chunk: KVChunk, group: Group) -> list[int]:

@@ -232,7 +232,7 @@ class PagedCache:
         if self._stream is None:
             import torch
 
-            self._stream = torch.cuda.Stream(device=self._caches[0].device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(device=self._caches[0].device)
         return self._stream
 
     def _stage_device(self, block_ids: Sequence[int]) -> StagedBlocks:
@@ -243,7 +243,7 @@ class PagedCache:
             own = torch.from_numpy(self._own_ids(block_ids, layout)).to(cache.device)
             blocks = cache.index_select(layout.block_axis, own).movedim(layout.block_axis, 0)
             gathered.append(blocks)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied = torch.cuda.Event()
         copied.record()
         size_bytes = sum(blocks.numel() * blocks.element_size() for blocks in gathered)
 
@@ -252,7 +252,7 @@ class PagedCache:
                 self._device_stream().wait_event(copied)
                 return gathered
             # On a stream of its own: the engine's next steps do not wait for the bus.
-            stream = torch.cuda.Stream(device=gathered[0].device)  # type: ignore[no-untyped-call]
+            stream = torch.cuda.Stream(device=gathered[0].device)
             with torch.cuda.stream(stream):
                 stream.wait_event(copied)
                 return [as_numpy(blocks.contiguous().cpu()) for blocks in gathered]

@@ -31,6 +31,7 @@ from cachegen.native.fused_encode import (
     EncodeSource,
     EncodeTables,
 )
+from cachegen.native.lossless import LosslessSource, decode_lossless, encode_lossless
 from cachegen.native.medians import column_medians
 from cachegen.native.models import count_symbols, fit_classes, normalize_counts, split_digits
 from cachegen.native.planes import MatrixSource, QuantizedPlane, decode_planes
@@ -195,6 +196,7 @@ __all__ = [
     "EncodeTables",
     "EncodedGroup",
     "GroupSource",
+    "LosslessSource",
     "MatrixSource",
     "PackedBasis",
     "PlaneTarget",
@@ -208,10 +210,12 @@ __all__ = [
     "column_medians",
     "count_symbols",
     "decode_groups",
+    "decode_lossless",
     "decode_planes",
     "decode_segment",
     "decode_transformed",
     "dequantize",
+    "encode_lossless",
     "encode_segment",
     "finish_plane",
     "fit_classes",

@@ -108,6 +108,16 @@ def uses_tiles(type: str) -> bool: ...
 def decode_planes(
     type: str, stored: str, shared: Tables, planes: Sequence[tuple[Any, ...]], threads: int
 ) -> None: ...
+def encode_lossless(
+    type: str,
+    planes: Sequence[tuple[int, ...]],
+    costs: NDArray[np.int16],
+    bits_saved: NDArray[np.float64],
+    threads: int,
+) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]: ...
+def decode_lossless(
+    type: str, stored: str, planes: Sequence[tuple[Any, ...]], threads: int
+) -> None: ...
 def count_symbols(symbols: NDArray[Any], shift: int, counts: NDArray[Any]) -> None: ...
 def normalize_counts(
     counts: NDArray[Any], bits_saved: NDArray[Any], freqs: NDArray[Any]

@@ -22,10 +22,8 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import heapq
 import os
 import re
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -39,10 +37,10 @@ from cachegen.store.base import (
     check_range,
     view_bytes,
 )
+from cachegen.store.eviction import Values, remove
 from cachegen.store.files import (
     GONE,
     NOT_WRITABLE,
-    modified_ns,
     named_errors,
     read_at,
     size_of,
@@ -53,9 +51,6 @@ from cachegen.store.files import (
 from cachegen.store.ledger import Ledger, check_layout, lock_ledger
 
 _PARTIAL_NAME = re.compile(r"[0-9]+-[0-9a-f]{16}\.part")
-
-# A scan remembers this many of the oldest values: memory stays bounded in a store of millions.
-_QUEUE_LENGTH = 4096
 
 
 class LocalStore:
@@ -74,9 +69,7 @@ class LocalStore:
         self.quota_bytes = check_quota(quota_bytes)
         self._objects = os.path.join(self.path, "objects")
         self._partial = os.path.join(self.path, "partial")
-        # (modification time in ns, file) of the oldest values at the last scan, oldest first;
-        # touched only under the lock of the marker, which excludes threads as well.
-        self._queue: deque[tuple[int, str]] = deque()
+        self._values = Values(self._objects)
         self._open()
 
     def put(self, name: str, data: BytesLike) -> None:
@@ -155,19 +148,19 @@ class LocalStore:
             file = self._file_of(name)
             if size_of(file) is not None:
                 with self._locked() as ledger:
-                    _remove(ledger, file)
+                    remove(ledger, file)
                 sync_folder(os.path.dirname(file))
 
     def names(self) -> Iterator[str]:
         """List the names held, in no order. Raises: StoreError."""
         with named_errors(self.path, "list"):
-            for _, _, file in self._scan():
+            for _, _, file in self._values.scan():
                 yield os.path.basename(file).replace("+", "/")
 
     def entries(self, prefix: str = "") -> Iterator[Entry]:
         """List the values whose names begin with prefix, in no order. Raises: StoreError."""
         with named_errors(self.path, "list"):
-            for used_ns, size_bytes, file in self._scan():
+            for used_ns, size_bytes, file in self._values.scan():
                 name = os.path.basename(file).replace("+", "/")
                 if name.startswith(prefix):
                     yield Entry(name, size_bytes, used_ns / 1e9)
@@ -175,7 +168,7 @@ class LocalStore:
     def used_bytes(self) -> int:
         """Return the bytes of all values held, by a scan. Raises: StoreError."""
         with named_errors(self.path, "list"):
-            return sum(size for _, size, _ in self._scan())
+            return sum(size for _, size, _ in self._values.scan())
 
     # -- opening ------------------------------------------------------------------------------
 
@@ -196,8 +189,8 @@ class LocalStore:
                         sync_folder(self.path)
                     self._sweep()
                     if self.quota_bytes is not None:
-                        self._rescan(ledger)
-                        self._make_room(ledger, 0, self.quota_bytes)
+                        self._values.rescan(ledger)
+                        self._values.make_room(ledger, 0, self.quota_bytes)
             except OSError as error:
                 if not (is_store and error.errno in NOT_WRITABLE):
                     raise
@@ -226,7 +219,7 @@ class LocalStore:
     def _locked(self) -> Iterator[Ledger]:
         with lock_ledger(self.path) as ledger:
             if not ledger.is_sound:
-                self._rescan(ledger)
+                self._values.rescan(ledger)
                 ledger.sync()
             yield ledger
 
@@ -308,7 +301,7 @@ class LocalStore:
             return False
         replaced = replaced or 0
         if self.quota_bytes is not None:
-            self._make_room(ledger, size_bytes - replaced, self.quota_bytes, keep=file)
+            self._values.make_room(ledger, size_bytes - replaced, self.quota_bytes, keep=file)
         ledger.add(size_bytes)
         try:
             os.replace(partial, file)
@@ -317,57 +310,6 @@ class LocalStore:
             raise
         ledger.add(-replaced)
         return True
-
-    def _make_room(
-        self, ledger: Ledger, growth_bytes: int, quota_bytes: int, *, keep: str | None = None
-    ) -> None:
-        """Evict the least recently used values, but for keep, until growth_bytes fit.
-
-        The queue gives the exact order although it may be old: what is not in it is newer than
-        all that is, and what was used since has another time and is skipped.
-        """
-        is_fresh = False
-        while ledger.total_bytes + growth_bytes > quota_bytes:
-            if not self._queue:
-                self._rescan(ledger, keep=keep)
-                is_fresh = True
-                if self._queue:
-                    continue  # the scan may have found the total lower than it was recorded
-                if ledger.total_bytes + growth_bytes > quota_bytes:
-                    raise StoreFullError(
-                        "room in the store in bytes",
-                        got=f"{ledger.total_bytes} used with nothing left to evict",
-                        expected=f"{growth_bytes} more within the quota of {quota_bytes}",
-                    )
-                return
-            used_ns, file = self._queue.popleft()
-            # Just scanned, it goes even if read since: readers must not stop an eviction.
-            if file != keep and (is_fresh or modified_ns(file) == used_ns):
-                _remove(ledger, file)
-
-    def _rescan(self, ledger: Ledger, *, keep: str | None = None) -> None:
-        total_bytes = 0
-        entries = []
-        for used_ns, size_bytes, file in self._scan():
-            total_bytes += size_bytes
-            if file != keep:
-                entries.append((used_ns, file))
-        ledger.set(total_bytes)
-        self._queue = deque(heapq.nsmallest(_QUEUE_LENGTH, entries))
-
-    def _scan(self) -> Iterator[tuple[int, int, str]]:
-        """Walk all values: modification time in ns, size in bytes, file."""
-        try:
-            shards = [entry.path for entry in os.scandir(self._objects)]
-        except FileNotFoundError:
-            return
-        for shard in shards:
-            for entry in list(os.scandir(shard)):
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                yield status.st_mtime_ns, status.st_size, entry.path
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -400,10 +342,3 @@ class LocalStore:
         # By a digest, because the names of one model all begin with the same characters.
         shard = hashlib.sha256(name.encode()).hexdigest()[:2]
         return os.path.join(self._objects, shard, name.replace("/", "+"))
-
-
-def _remove(ledger: Ledger, file: str) -> None:
-    size_bytes = size_of(file)
-    with suppress(FileNotFoundError):
-        os.unlink(file)
-        ledger.add(-(size_bytes or 0))

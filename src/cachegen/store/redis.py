@@ -29,10 +29,9 @@ from cachegen.store.base import (
     check_stream,
     view_bytes,
 )
-from cachegen.store.clock import deadline_at, expires_at_s
+from cachegen.store.redis_stream import begin_reply
 from cachegen.store.resp import (
     NOT_SENT,
-    BulkReader,
     RedisTarget,
     named_errors,
 )
@@ -44,7 +43,6 @@ _Result = TypeVar("_Result")
 # How many keys one round trip asks about: a reply to a million would hold the server up.
 _BATCH = 1000
 # A part that a writer left behind when it died goes after this time.
-_MOVED = ("MOVED ", "ASK ")
 _PART_TTL_MS = 3_600_000
 
 
@@ -182,16 +180,15 @@ class RedisStore:
         check_stream(slice_bytes, begin, end)
         if end is None or begin < end:
             last = -1 if end is None else end - 1
-            pool, connection, reader = self._run(
-                lambda client: self._begin_stream(client, key, begin, last)
+            reply = self._run(
+                lambda client: begin_reply(client, key, begin, last, is_cluster=self.target.cluster)
             )
-            if reader.size_bytes:
-                slices = self._slices(pool, connection, reader, slice_bytes)
+            if reply.size_bytes:
+                slices = reply.slices(slice_bytes, self._named)
                 next(slices)  # from here on closing or dropping it frees the connection
                 return slices
             with self._named():
-                reader.finish()
-            pool.release(connection)
+                reply.finish()
         rest = self.get_range(name, begin, begin)
         return None if rest is None else iter(())
 
@@ -310,49 +307,6 @@ class RedisStore:
                 batch = []
         if batch:
             yield batch
-
-    def _begin_stream(
-        self, client: Any, key: str, begin: int, last: int
-    ) -> tuple[Any, Any, BulkReader]:
-        for is_last_try in (False, True):
-            pool = client.connection_pool if not self.target.cluster else None
-            if pool is None:
-                pool = client.get_node_from_key(key).redis_connection.connection_pool
-            connection = pool.get_connection()
-            reader = BulkReader(connection)
-            try:
-                reader.begin("GETRANGE", key, begin, last)
-                return pool, connection, reader
-            except BaseException as error:
-                connection.disconnect()
-                pool.release(connection)
-                moved = isinstance(error, ResponseError) and str(error).startswith(_MOVED)
-                if not moved or is_last_try:
-                    raise
-            client.strlen(key)  # redis-py follows the redirection and learns from it
-        raise AssertionError("unreachable")
-
-    def _slices(
-        self, pool: Any, connection: Any, reader: BulkReader, slice_bytes: int
-    ) -> Iterator[memoryview]:
-        at_s = expires_at_s()
-        is_whole = False
-        try:
-            yield memoryview(b"")
-            left_bytes = reader.size_bytes
-            while left_bytes:
-                view = memoryview(bytearray(min(slice_bytes, left_bytes)))
-                with deadline_at(at_s), self._named():
-                    reader.read_into(view)
-                left_bytes -= len(view)
-                yield view.toreadonly()
-            with deadline_at(at_s), self._named():
-                reader.finish()
-            is_whole = True
-        finally:
-            if not is_whole:
-                connection.disconnect()
-            pool.release(connection)
 
     def _client(self) -> Any:
         made = self._made

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from cachegen.chunk import KVChunk
 from cachegen.stream.outcome import FetchedChunk, FetchReport
+from cachegen.stream.progress import Stage
 
 Decode = Callable[[bytes, FetchedChunk], KVChunk]
 Progress = Callable[[FetchReport], None]
@@ -30,3 +31,21 @@ class Callbacks:
     recompute: Callable[[FetchedChunk], KVChunk | None] | None
     fence: Callable[[], bool] | None
     progress: Progress | None
+
+    def answer(self, item: FetchedChunk, stage: Stage) -> tuple[bool, KVChunk | None]:
+        """Decode, deliver or recompute a chunk, as its stage says.
+
+        Returns: whether the fence stood in the way, and the chunk if there is one now.
+        Raises: what the caller's functions raise.
+        """
+        if stage is Stage.READY:
+            return False, self.decode(item.data, item)
+        if self.fence is not None and not self.fence():
+            return True, None
+        if stage is Stage.RECOMPUTING and self.recompute is not None:
+            return False, self.recompute(item)
+        if self.direct is not None:
+            self.direct(item)
+        elif self.deliver is not None:
+            self.deliver(item)
+        return False, None

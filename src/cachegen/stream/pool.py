@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cachegen.chunk import KVChunk
@@ -23,7 +23,7 @@ from cachegen.stream.callbacks import Callbacks, Progress, Source
 from cachegen.stream.link import Hedger, LinkMeter, in_turn, slice_bytes
 from cachegen.stream.outcome import FetchReport, Reason
 from cachegen.stream.progress import Stage
-from cachegen.stream.reading import Read
+from cachegen.stream.reading import Read, parts_of
 from cachegen.stream.request import RequestState, Task
 from cachegen.stream.speeds import SpeedLearner
 
@@ -31,8 +31,6 @@ from cachegen.stream.speeds import SpeedLearner
 DECODE_GUESS_KV_BYTES_PER_S = 15e6
 # Threads that hang in the store are replaced, until there are so many times as many as asked for.
 MOST_READERS = 4
-# A store that streams delivers in slices of this length.
-STREAM_BYTES = 64 << 10
 # A store call may outlast the deadline of its request by so much before it is given up.
 LATE_CALL_S = 0.05
 
@@ -271,7 +269,7 @@ class Pool:
         is_missing, error = False, None
         try:
             left_s = read.owner.deadline_s - began_s + LATE_CALL_S
-            with deadline(left_s), contextlib.closing(self._parts(read)) as parts:
+            with deadline(left_s), contextlib.closing(parts_of(self._source, read)) as parts:
                 for part in parts:
                     if part is None:
                         is_missing = True
@@ -314,24 +312,6 @@ class Pool:
             other.overtaken |= other.started_s < read.started_s
         read.owner.end_read(read, now_s, got_bytes=got_bytes, is_missing=is_missing, error=error)
 
-    def _parts(self, read: Read) -> Generator[bytes | None]:
-        """Yield the bytes of a read as they come; None if there is no such object."""
-        stream = getattr(self._source, "get_stream", None)
-        if stream is None:
-            yield self._source.get_range(read.name, read.begin, read.end)
-            return
-        slices = stream(read.name, slice_bytes=STREAM_BYTES, begin=read.begin, end=read.end)
-        if slices is None:
-            yield None
-            return
-        try:
-            for part in slices:
-                yield bytes(part)
-        finally:
-            close = getattr(slices, "close", None)
-            if close is not None:
-                close()
-
     def _learn(self, sample: tuple[int, float] | None, now_s: float) -> None:
         """Locked: pass on what the link carried."""
         if sample is not None:
@@ -370,16 +350,7 @@ class Pool:
         fenced = False
         began_s = time.monotonic()
         try:
-            if task.stage is Stage.READY:
-                chunk = calls.decode(task.item.data, task.item)
-            elif calls.fence is not None and not calls.fence():
-                fenced = True
-            elif task.stage is Stage.RECOMPUTING and calls.recompute is not None:
-                chunk = calls.recompute(task.item)
-            elif calls.direct is not None:
-                calls.direct(task.item)
-            elif calls.deliver is not None:
-                calls.deliver(task.item)
+            fenced, chunk = calls.answer(task.item, task.stage)
         except Exception as failure:  # a callback may be anybody's: the worker outlives it
             error = failure
         with self.lock:

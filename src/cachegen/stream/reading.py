@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cachegen.chunk import DEFAULT_CHUNK_TOKENS
 from cachegen.errors import CacheGenError
 from cachegen.stream.bandwidth import LinkEstimate
+from cachegen.stream.callbacks import Source
 from cachegen.stream.outcome import Reason, reason_of
 from cachegen.stream.partial import ObjectState
 from cachegen.stream.plan import ChunkCurve, Fetch, HandOver, PlanState, Policy, Recompute
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 # So many headers are read before the policy is asked; of later chunks it is told that they are like
 # the one before them, until their headers come along with their first bytes.
 HEADERS_FIRST = 8
+
+# A store that streams delivers in slices of this length.
+STREAM_BYTES = 64 << 10
 
 # What a policy is told of a request that has all the time in the world.
 NO_DEADLINE_S = 3600.0
@@ -65,6 +69,25 @@ class Read:
         """False once the request or the chunk has no more use for the answer."""
         stage = self.owner.chunks[self.chunk].stage
         return not self.done and not self.owner.is_over and stage is Stage.LOADING
+
+
+def parts_of(source: Source, read: Read) -> Generator[bytes | None]:
+    """Yield the bytes of a read as they come; None if there is no such object."""
+    stream = getattr(source, "get_stream", None)
+    if stream is None:
+        yield source.get_range(read.name, read.begin, read.end)
+        return
+    slices = stream(read.name, slice_bytes=STREAM_BYTES, begin=read.begin, end=read.end)
+    if slices is None:
+        yield None
+        return
+    try:
+        for part in slices:
+            yield bytes(part)
+    finally:
+        close = getattr(slices, "close", None)
+        if close is not None:
+            close()
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cachegen.codec.basis import load_basis
-from cachegen.codec.gpu.frozen import place_of, split_halves, upload_arena
+from cachegen.codec.gpu.frozen import held, place_of, split_halves, upload_arena
 from cachegen.native.cuda import plan
 from cachegen.native.cuda.device import Device, Memory
 from cachegen.profile import Profile
@@ -41,10 +41,7 @@ def encode_basis(device: Device, profile: Profile, geometry: Geometry, stream: A
     Raises: ProfileError if they do not fit.
     """
     key = f"forward {profile.digest.hex()} {geometry}"
-    if key not in device.tables:
-        device.tables[key] = _upload(device, profile, geometry, stream)
-    held: EncodeBasis = device.tables[key]
-    return held
+    return held(device, key, lambda: _upload(device, profile, geometry, stream))
 
 
 def _upload(device: Device, profile: Profile, geometry: Geometry, stream: Any) -> EncodeBasis:

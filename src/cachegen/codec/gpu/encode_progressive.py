@@ -16,6 +16,7 @@ from cachegen.codec.gpu.collect import Collector, Results
 from cachegen.codec.gpu.encode_basis import EncodeBasis, encode_basis
 from cachegen.codec.gpu.encode_batch import CodedSegment, EncodeBatch, Feed, columns
 from cachegen.codec.header import SegmentBody, plane_groups
+from cachegen.codec.magnitude import has_plain_squares
 from cachegen.codec.progressive import ProgressiveCodec, pack_params
 from cachegen.codec.side import GroupSide
 from cachegen.native.cuda import encode_plan, plan
@@ -55,11 +56,15 @@ class ProgressiveEncoding:
             _plan_group(batch, self, index, held) for index in range(len(self.basis.groups))
         ]
 
-    def choose(self, results: Results, collector: Collector) -> None:
-        """Read what the device found, and ask for the bytes of segments."""
+    def has_plain_squares(self, results: Results) -> bool:
+        """Read step and spread. Returns whether squares of this chunk were within float32."""
         state = results.structs(results.batch.chunk_states, encode_plan.CHUNK_STATE, self.chunk + 1)
         self.step = float(state["step"][self.chunk])
         self.spread = float(state["spread"][self.chunk])
+        return self.profile is not None or has_plain_squares(self.spread)
+
+    def choose(self, results: Results, collector: Collector) -> None:
+        """Ask for the bytes of segments, after ``has_plain_squares``."""
         self.chosen = [self._choose_group(group, results, collector) for group in self.groups]
 
     def _choose_group(self, group: _Group, results: Results, collector: Collector) -> _Chosen:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cachegen.codec import ladder
 from cachegen.codec.entropy import TOTAL, parametric_tables
-from cachegen.codec.gpu.frozen import build_sets
+from cachegen.codec.gpu.frozen import build_sets, held
 from cachegen.codec.passes import centroid_shares, coarse_escapes, code_costs
 from cachegen.native.cuda.device import Device, Memory
 from cachegen.native.cuda.encode_plan import INVERSE_WORDS
@@ -40,10 +40,7 @@ class EncodeTables:
 
 def encode_tables(device: Device, stream: Any) -> EncodeTables:
     """Return the tables of a device; the first call builds them and waits for that."""
-    if _KEY not in device.tables:
-        device.tables[_KEY] = _build(device, stream)
-    tables: EncodeTables = device.tables[_KEY]
-    return tables
+    return held(device, _KEY, lambda: _build(device, stream))
 
 
 def _build(device: Device, stream: Any) -> EncodeTables:

@@ -190,7 +190,8 @@ class EncodeJob:
         """Wait for the kernels, and return the objects.
 
         A chunk that the kernels give up is encoded on the CPU: not finite, beyond the reach of the
-        coarsest pass, or with streams so uneven that their room did not suffice.
+        coarsest pass, with squares beyond float32, or with streams so uneven that their room
+        did not suffice.
         Raises: NonFiniteError and others as ``Codec.encode``, GeometryError for a slot beyond.
         """
         job = self._batch.job
@@ -204,7 +205,10 @@ class EncodeJob:
         for name in ("streams", "matrices", "groups", "planes", "active", "errors"):
             record[name] |= plan.ABSOLUTE
         collector = Collector(self.device, record, self.stream)
-        sound = [not flags[feed.errors].any() for feed in self._feeds]
+        sound = [
+            not flags[feed.errors].any() and _has_plain_squares(encoding, results)
+            for feed, encoding in zip(self._feeds, self._encodings, strict=True)
+        ]
         for encoding, is_sound in zip(self._encodings, sound, strict=True):
             if is_sound:
                 encoding.choose(results, collector)
@@ -230,6 +234,10 @@ def _plan(batch: EncodeBatch, feed: Feed, codec: Codec) -> Encoding:
     if isinstance(codec, CacheGenCodec):
         return CacheGenEncoding(batch, feed, codec)
     raise CacheGenError(f"no kernels encode with {codec.name}")
+
+
+def _has_plain_squares(encoding: object, results: Results) -> bool:
+    return not isinstance(encoding, ProgressiveEncoding) or encoding.has_plain_squares(results)
 
 
 def _shadow(chunk: DeviceChunk, geometry: Geometry, tokens: int) -> KVChunk:

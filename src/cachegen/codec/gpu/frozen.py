@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from cachegen.profile import Profile
 from cachegen.types import Array, Geometry
 
 Floats = NDArray[np.float32]
+
+Built = TypeVar("Built")
 
 _KEY = "frozen"
 
@@ -37,10 +39,15 @@ class FrozenTables:
 
 def frozen_tables(device: Device, stream: Any) -> FrozenTables:
     """Return the tables of a device; the first call builds them and waits for that."""
-    if _KEY not in device.tables:
-        device.tables[_KEY] = _build(device, stream)
-    tables: FrozenTables = device.tables[_KEY]
-    return tables
+    return held(device, _KEY, lambda: _build(device, stream))
+
+
+def held(device: Device, key: str, build: Callable[[], Built]) -> Built:
+    """Return what a device holds under a key; the first call builds it."""
+    if key not in device.tables:
+        device.tables[key] = build()
+    built: Built = device.tables[key]
+    return built
 
 
 def _build(device: Device, stream: Any) -> FrozenTables:
@@ -125,10 +132,7 @@ def device_basis(device: Device, profile: Profile, geometry: Geometry, stream: A
     Raises: ProfileError if they do not fit.
     """
     key = f"basis {profile.digest.hex()} {geometry}"
-    if key not in device.tables:
-        device.tables[key] = _upload_basis(device, load_basis(profile, geometry), stream)
-    held: DeviceBasis = device.tables[key]
-    return held
+    return held(device, key, lambda: _upload_basis(device, load_basis(profile, geometry), stream))
 
 
 def _upload_basis(device: Device, basis: ModelBasis, stream: Any) -> DeviceBasis:
