@@ -18,7 +18,7 @@ namespace cachegen {
 // kBlockSteps, aligned to 64 bytes. In the symbol matrix it is one row of steps per lane. Kernels
 // code a block per call, so that it stays in the first-level cache.
 inline constexpr size_t kBlockSteps = 128;
-// Streams that a kernel decodes side by side, so that their dependency chains overlap.
+// Streams that a kernel codes side by side, so that their dependency chains overlap.
 inline constexpr size_t kGroupStreams = 4;
 
 // So many bytes behind the words of a stream can be read: kernels look for the end of the words
@@ -92,7 +92,9 @@ struct Kernels {
     // `buckets`: 16 or 32, or 4 if the runs have contexts.
     void (*decode_runs)(const AliasTable* tables, unsigned buckets, DecodeRun* const* runs,
                         size_t count, size_t steps);
-    void (*encode_run)(const InverseTable* tables, unsigned buckets, EncodeRun& run, size_t steps);
+    // The same many of each of 1 to kGroupStreams runs.
+    void (*encode_runs)(const InverseTable* tables, unsigned buckets, EncodeRun* const* runs,
+                        size_t count, size_t steps);
 
     // Copy the active lanes of a block to matrix rows that are `stride` bytes apart, or from there;
     // gather fills idle lanes with 0. What is behind `steps` in a block may change.
@@ -163,6 +165,7 @@ extern const Kernels kNeonKernels;
 #endif
 
 // The portable encoder, for backends without one of their own.
-void encode_run_scalar(const InverseTable* tables, unsigned buckets, EncodeRun& run, size_t steps);
+void encode_runs_scalar(const InverseTable* tables, unsigned buckets, EncodeRun* const* runs,
+                        size_t count, size_t steps);
 
 }  // namespace cachegen

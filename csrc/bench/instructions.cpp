@@ -176,7 +176,8 @@ struct Work {
             run.contexts = buckets == kContextBuckets ? contexts.at : nullptr;
             run.symbols = from.at;
             run.lanes = kLanes;
-            kernel.encode_run(tables, buckets, run, steps);
+            EncodeRun* const only = &run;
+            kernel.encode_runs(tables, buckets, &only, 1, steps);
         });
     }
 
