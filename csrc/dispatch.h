@@ -63,6 +63,7 @@ struct PackedRow {
 };
 
 inline constexpr size_t kCountedChannels = 64, kCountedTokens = 255;
+inline constexpr size_t kRotations = 3;  // that are tried for a channel
 
 // Rows of at most kBlockSteps symbols, but for `largest`; see symbol_rows.h.
 struct SymbolRows {
@@ -76,10 +77,10 @@ struct SymbolRows {
     // apart and up to kCountedChannels channels, how often each value symbol >> shift is there.
     void (*count)(const uint8_t* symbols, size_t stride, size_t tokens, size_t channels,
                   unsigned shift, size_t alphabet, uint32_t* counts);
-    // bits[c]: sum over 32 values of counts times costs[value / 2][c][value % 2], below 2^32.
-    // Returns the least.
-    uint32_t (*class_bits)(const uint16_t* counts, const int16_t* costs, size_t classes,
-                           uint32_t* bits);
+    // bits[r * classes + c]: sum over 32 values of counts[r] times costs[value / 2][c][value % 2], below
+    // 2^32, for kRotations rows of counts. Returns the first of the least.
+    size_t (*best_class)(const uint16_t* const* counts, const int16_t* costs, size_t classes,
+                         uint32_t* bits);
     // Copies what is not read again soon. A fence has to follow before others look.
     void (*stream)(const std::byte* from, size_t bytes, std::byte* to);
 };

@@ -328,9 +328,10 @@ struct Work {
         constexpr size_t kClasses = 112, kValues = 32;
         const std::vector<int16_t> costs(kClasses * kValues, 1500);
         const std::vector<uint16_t> some(kValues, 2);
-        std::vector<uint32_t> bits(kClasses);
-        row("class_bits", kValues, 1, [&](size_t classes) {
-            rows.class_bits(some.data(), costs.data(), classes, bits.data());
+        const uint16_t* const rotated[kRotations] = {some.data(), some.data(), some.data()};
+        std::vector<uint32_t> bits(kRotations * kClasses);
+        row("best_class", kRotations * kValues, kClasses / kMore, [&](size_t classes) {
+            rows.best_class(rotated, costs.data(), classes, bits.data());
         });
     }
 
