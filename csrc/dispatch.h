@@ -97,6 +97,13 @@ struct Kernels {
     void (*encode_runs)(const InverseTable* tables, unsigned buckets, EncodeRun* const* runs,
                         size_t count, size_t steps);
 
+    // Tables with K = 16 or 32 for rows of `alphabet` frequencies, see alias_table.h; null where the
+    // portable ones are as good. reciprocals: by frequency.
+    void (*build_alias)(const uint16_t* freqs, size_t alphabet, size_t count, unsigned buckets,
+                        AliasTable* tables);
+    void (*build_inverse)(const uint16_t* freqs, size_t alphabet, size_t count, unsigned buckets,
+                          const float* reciprocals, InverseTable* tables);
+
     // Copy the active lanes of a block to matrix rows that are `stride` bytes apart, or from there;
     // gather fills idle lanes with 0. What is behind `steps` in a block may change.
     void (*scatter)(const uint8_t* block, size_t steps, uint8_t* first_row, size_t stride,

@@ -4,6 +4,7 @@
 
 #include <bit>
 
+#include "alias_avx512.h"
 #include "block_avx2.h"
 #include "dispatch.h"
 #include "divide_avx512.h"
@@ -262,6 +263,8 @@ constinit const Kernels kAvx512Kernels = {
     .is_available = has_avx512,
     .decode_runs = decode_runs<Avx512>,
     .encode_runs = Avx512::encode_runs,
+    .build_alias = build_alias_avx512,
+    .build_inverse = build_inverse_avx512,
     .scatter = scatter_avx2,
     .gather = gather_avx2,
     .decode_coarse = decode_coarse_avx512,
