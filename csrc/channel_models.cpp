@@ -58,6 +58,10 @@ void count_symbols(const SymbolMatrix& matrix, unsigned shift, size_t alphabet, 
 
 void normalize_counts(std::span<const uint32_t> counts, size_t alphabet,
                       std::span<const double> bits_saved, uint16_t* freqs) {
+    // Channels of a matrix have the same total, and few counts in all.
+    constexpr uint64_t kMostKnown = 4096;
+    std::vector<uint16_t> known;  // by count, for this total
+    uint64_t known_total = 0;
     for (size_t begin = 0; begin < counts.size(); begin += alphabet, freqs += alphabet) {
         const uint32_t* const row = &counts[begin];
         uint64_t total = 0;
@@ -68,8 +72,19 @@ void normalize_counts(std::span<const uint32_t> counts, size_t alphabet,
             continue;
         }
         const double scale = kTotal / static_cast<double>(total);
-        for (size_t a = 0; a < alphabet; ++a)
-            freqs[a] = row[a] ? static_cast<uint16_t>(std::max(row[a] * scale, 1.0)) : uint16_t{0};
+        const auto freq_of = [&](uint32_t count) {
+            return count ? static_cast<uint16_t>(std::max(count * scale, 1.0)) : uint16_t{0};
+        };
+        if (total <= kMostKnown) {
+            if (total != known_total) {
+                known.resize(total + 1);
+                for (uint32_t count = 0; count <= total; ++count) known[count] = freq_of(count);
+                known_total = total;
+            }
+            for (size_t a = 0; a < alphabet; ++a) freqs[a] = known[row[a]];
+        } else {
+            for (size_t a = 0; a < alphabet; ++a) freqs[a] = freq_of(row[a]);
+        }
         balance(row, alphabet, bits_saved, freqs);
     }
 }

@@ -69,8 +69,14 @@ inline constexpr size_t kRotations = 3;  // that are tried for a channel
 struct SymbolRows {
     void (*join_planes)(const PackedRow& from, size_t size, uint8_t* out);
     unsigned (*largest)(const uint8_t* symbols, size_t size);
-    // These two change symbols in place and return the largest.
+    // This one and add_low_digits change symbols in place and return the largest.
     unsigned (*rotate_block)(const uint8_t* offsets, size_t steps, unsigned lanes, uint8_t* block);
+    // Rows of a block: without their low bits, plus an offset for each row, modulo 32.
+    void (*turn_block)(const uint8_t* offsets, unsigned bits, size_t steps, uint8_t* block);
+    // Bits [first, first + count) of `size` symbols, which is a multiple of 64, as bit-planes that are
+    // `plane_bytes` apart.
+    void (*pack_bits)(const uint8_t* symbols, size_t size, unsigned first, unsigned count,
+                      uint8_t* planes, size_t plane_bytes);
     unsigned (*add_low_digits)(const PackedRow& low, unsigned bits, unsigned centre, size_t size,
                                uint8_t* symbols);
     // Adds to counts, a row of `alphabet` for each channel: of up to kCountedTokens rows `stride`

@@ -12,6 +12,7 @@
 #include "ladder_avx2.h"
 #include "ladder_avx512.h"
 #include "encode_rows.h"
+#include "quantize_avx512.h"
 #include "quantize_rows.h"
 #include "symbol_rows.h"
 #include "rans_simd.h"
@@ -282,7 +283,7 @@ constinit const Kernels kAvx512Kernels = {
                    finish_row<KVType::Float32>},
     .encode_rows = with_avx512(encode_rows()),
     .angle_lanes = kAngleLanesAvx512,
-    .per_type = {row_kernels<KVType::Float16>(), row_kernels<KVType::BFloat16>(),
+    .per_type = {row_kernels_avx512<KVType::Float16>(), row_kernels_avx512<KVType::BFloat16>(),
                  row_kernels<KVType::Float32>()},
     .symbol_rows = symbol_rows(),
 };

@@ -4,6 +4,7 @@
 #include <memory>
 #include <string>
 
+#include "aligned.h"
 #include "bit_planes.h"
 #include "block.h"
 #include "dispatch.h"
@@ -27,25 +28,36 @@ struct Stream {
     Block block, contexts;
 };
 
+}  // namespace
+
+struct SegmentEncoder::Memory {
+    AlignedVector<uint16_t> words;  // of the streams at work, each filled from its end
+    std::array<Stream, kGroupStreams> streams;
+    std::vector<uint8_t> body;
+};
+
 // Encodes kGroupStreams streams side by side, then the next ones.
-class SegmentEncoder {
+class SegmentEncoder::Work {
 public:
-    SegmentEncoder(const uint8_t* symbols, const Coding& coding, uint64_t stream_steps)
+    Work(Memory& memory, const uint8_t* symbols, const Coding& coding, uint64_t stream_steps)
         : symbols_(symbols),
           coding_(coding),
           stream_steps_(stream_steps),
           raw_(coding.shape, coding.shifts),
-          inverse_(coding.tables.inverse(coding.buckets())),
-          words_(std::min(kGroupStreams * stream_steps, coding.shape.steps()) * kLanes),
-          streams_(std::make_unique<Stream[]>(kGroupStreams)) {}
+          inverse_(coding.inverse ? coding.inverse : coding.tables.inverse(coding.buckets())),
+          words_(memory.words),
+          streams_(memory.streams),
+          body_(memory.body) {
+        const size_t room = std::min(kGroupStreams * stream_steps, coding.shape.steps()) * kLanes;
+        if (words_.size() < room) words_.resize(room);
+    }
 
-    std::vector<uint8_t> encode() {
+    void encode() {
         const uint64_t count = coding_.shape.streams(stream_steps_);
-        body_.resize(4 + 8 * count);
+        body_.assign(4 + 8 * count, 0);
         put_u32(0, stream_steps_);
         for (uint64_t first = 0; first < count; first += kGroupStreams)
             encode_streams(first, std::min<uint64_t>(kGroupStreams, count - first));
-        return std::move(body_);
     }
 
 private:
@@ -136,7 +148,7 @@ private:
         if (coding_.contexts) gather(coding_.contexts, stream.contexts);
         bool sound = true;
         if (coding_.shifts.empty() && !coding_.tables.any_escape()) {
-            sound = largest_of({stream.block.bytes, steps * kLanes}) < kMaxAlphabet;
+            sound = coding_.dropped || largest_of({stream.block.bytes, steps * kLanes}) < kMaxAlphabet;
         } else {
             const uint64_t channel = begin % coding_.shape.channels;
             const uint16_t* const models = coding_.models_at(begin);
@@ -145,6 +157,13 @@ private:
                                     &stream.block.bytes[step * kLanes]);
         }
         if (!sound) refuse_first();
+        if (!coding_.rotations.empty()) {
+            uint8_t offsets[kBlockSteps];
+            const uint8_t* const of = &coding_.rotations[begin % coding_.shape.channels];
+            for (size_t i = 0; i < steps; ++i)
+                offsets[i] = static_cast<uint8_t>(kMaxAlphabet - of[i]);
+            kernels().symbol_rows.turn_block(offsets, coding_.dropped, steps, stream.block.bytes);
+        }
     }
 
     unsigned shift_of(uint64_t channel) const {
@@ -200,12 +219,20 @@ private:
     uint64_t stream_steps_;
     RawCounter raw_;
     const InverseTable* inverse_;
-    std::vector<uint16_t> words_;  // of the streams at work, each filled from its end
-    std::unique_ptr<Stream[]> streams_;
-    std::vector<uint8_t> body_;
+    AlignedVector<uint16_t>& words_;
+    std::array<Stream, kGroupStreams>& streams_;
+    std::vector<uint8_t>& body_;
 };
 
-}  // namespace
+SegmentEncoder::SegmentEncoder() : memory_(std::make_unique<Memory>()) {}
+SegmentEncoder::~SegmentEncoder() = default;
+
+std::span<const uint8_t> SegmentEncoder::encode(const uint8_t* symbols, const Coding& coding,
+                                                uint64_t stream_steps) {
+    if (coding.shape.steps() == 0) return {};
+    Work(*memory_, symbols, coding, stream_steps).encode();
+    return memory_->body;
+}
 
 std::vector<uint8_t> encode_segment(const uint8_t* symbols, const Coding& coding,
                                     uint64_t stream_steps) {
@@ -216,7 +243,9 @@ std::vector<uint8_t> encode_segment(const uint8_t* symbols, const Coding& coding
         if (largest_of({coding.contexts, size}) > 1)
             throw Error(ErrorKind::Config, "context", "2 or more", "0 or 1");
     }
-    return SegmentEncoder(symbols, coding, stream_steps).encode();
+    SegmentEncoder encoder;
+    const auto body = encoder.encode(symbols, coding, stream_steps);
+    return {body.begin(), body.end()};
 }
 
 }  // namespace cachegen

@@ -41,6 +41,45 @@ inline unsigned rotate_block(const uint8_t* offsets, size_t steps, unsigned lane
     return *std::max_element(each, each + lanes);
 }
 
+inline void turn_block(const uint8_t* offsets, unsigned bits, size_t steps,
+                       uint8_t* __restrict block) {
+    for (size_t step = 0; step < steps; ++step) {
+        LaneBytes row;
+        std::memcpy(&row, block + step * kLanes, kLanes);
+        row = ((row >> bits) + offsets[step]) & 31;
+        std::memcpy(block + step * kLanes, &row, kLanes);
+    }
+}
+
+// 64 symbols at a time.
+inline void pack_bits(const uint8_t* symbols, size_t size, unsigned first, unsigned count,
+                      uint8_t* planes, size_t plane_bytes) {
+    for (size_t at = 0; at < size; at += 64) {
+        for (unsigned bit = 0; bit < count; ++bit) {
+            uint64_t bits = 0;
+#if defined(__AVX512BW__)
+            bits = _mm512_test_epi8_mask(_mm512_loadu_si512(symbols + at),
+                                         _mm512_set1_epi8(static_cast<char>(1 << (first + bit))));
+#elif defined(__AVX2__)
+            const auto half = [&](size_t from) {
+                const __m256i row = _mm256_loadu_si256(
+                    reinterpret_cast<const __m256i*>(symbols + from));
+                return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_sll_epi16(
+                    row, _mm_cvtsi32_si128(static_cast<int>(7 - first - bit)))));
+            };
+            bits = half(at) | uint64_t{half(at + 32)} << 32;
+#else
+            for (unsigned i = 0; i < 64; i += 8) {
+                uint64_t eight;
+                std::memcpy(&eight, symbols + at + i, sizeof eight);
+                bits |= collect_bits(eight >> (first + bit)) << i;
+            }
+#endif
+            std::memcpy(planes + bit * plane_bytes + at / 8, &bits, sizeof bits);
+        }
+    }
+}
+
 // Puts low digits behind each symbol. Returns the largest.
 inline unsigned add_low_digits(const PackedRow& low, unsigned bits, unsigned centre, size_t size,
                                uint8_t* __restrict symbols) {
@@ -75,8 +114,8 @@ inline void stream_row(const std::byte* from, size_t bytes, std::byte* to) {
 }
 
 constexpr SymbolRows symbol_rows() {
-    return {join_planes,   largest_symbol, rotate_block, add_low_digits,
-            count_symbols, best_class,     stream_row};
+    return {join_planes,    largest_symbol, rotate_block, turn_block, pack_bits,
+            add_low_digits, count_symbols,  best_class,   stream_row};
 }
 
 }  // namespace

@@ -40,7 +40,7 @@ def test_counts_and_frequencies(shape: tuple[int, int], levels: int, isa: str) -
     counts = native.count_symbols(symbols, size, shift=shift)
     wanted = entropy.histogram(symbols >> np.uint8(shift), size)
     np.testing.assert_array_equal(counts, wanted)
-    freqs = native.normalize_counts(counts, entropy._bits_saved())
+    freqs = native.normalize_counts(counts, entropy.bits_saved())
     np.testing.assert_array_equal(freqs, entropy.normalize_counts(wanted))
     assert (freqs.sum(axis=1) == 4096).all()
 
@@ -50,7 +50,7 @@ def test_frequencies_of_uneven_counts() -> None:
     rare = rng.integers(0, 3, (200, 31)) * (rng.random((200, 31)) < 0.7)
     rare[:, 0] += 10 ** rng.integers(0, 7, 200)
     rare[0] = 0
-    freqs = native.normalize_counts(rare.astype(np.uint32), entropy._bits_saved())
+    freqs = native.normalize_counts(rare.astype(np.uint32), entropy.bits_saved())
     np.testing.assert_array_equal(freqs, entropy.normalize_counts(rare))
 
 

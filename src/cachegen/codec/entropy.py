@@ -89,7 +89,8 @@ def normalize_counts(counts: NDArray[Any]) -> Freqs:
 
 
 @functools.cache
-def _bits_saved() -> NDArray[np.float64]:
+def bits_saved() -> NDArray[np.float64]:
+    """Return what a channel saves per symbol if its frequency f is raised by one, (4097,)."""
     freqs = np.arange(TOTAL + 1, dtype=np.float64)
     freqs[0] = 1
     return np.log2((freqs + 1) / freqs)
@@ -139,6 +140,12 @@ class ParametricModels:
         if both[1].size and both[1].max() >= ALPHABET:
             raise CorruptError("table rotation", got=int(both[1].max()), expected="0 to 31")
         return cls(both[0], both[1])
+
+
+@functools.cache
+def frozen_tables() -> native.FrozenTables:
+    """Return the frozen table set 1 for ``native.encode_planes``."""
+    return native.FrozenTables(parametric_tables()[0], _cost_pairs())
 
 
 def fit_parametric(symbols: Symbols, shift: int) -> ParametricModels:
@@ -212,7 +219,7 @@ def encode_matrix(
     else:
         if mode is TableMode.CHUNK:
             counts = native.count_symbols(symbols, alphabet_size(levels), shift=shift)
-            freqs = native.normalize_counts(counts, _bits_saved())
+            freqs = native.normalize_counts(counts, bits_saved())
             side = freqs.astype("<u2").tobytes()
         else:
             freqs, side = checked_profile(profile_freqs, channels, levels), b""

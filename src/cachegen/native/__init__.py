@@ -33,6 +33,7 @@ from cachegen.native.fused_encode import (
 )
 from cachegen.native.medians import column_medians
 from cachegen.native.models import count_symbols, fit_classes, normalize_counts, split_digits
+from cachegen.native.plane_encode import EncodedPlane, FrozenTables, encode_planes
 from cachegen.native.planes import MatrixSource, QuantizedPlane, decode_planes
 from cachegen.native.sparse import parse_sparse, write_sparse
 from cachegen.native.threads import threads, use_one_thread
@@ -194,6 +195,8 @@ __all__ = [
     "EncodeSource",
     "EncodeTables",
     "EncodedGroup",
+    "EncodedPlane",
+    "FrozenTables",
     "GroupSource",
     "MatrixSource",
     "PackedBasis",
@@ -212,6 +215,7 @@ __all__ = [
     "decode_segment",
     "decode_transformed",
     "dequantize",
+    "encode_planes",
     "encode_segment",
     "finish_plane",
     "fit_classes",
