@@ -122,23 +122,23 @@ public:
             work.planes.push_back(plane);
         }
         nb::gil_scoped_release release;
-        planes_ = encode_planes(work);
+        found_ = encode_planes(work);
     }
 
     PlaneEncoder(const PlaneEncoder&) = delete;
 
     static nb::tuple encoded(const nb::object& self, size_t index) {
-        const EncodedPlane& plane = nb::cast<const PlaneEncoder&>(self).planes_.at(index);
+        const EncodedPlane& plane = nb::cast<const PlaneEncoder&>(self).found_.planes.at(index);
         using Body = nb::ndarray<const uint8_t, nb::numpy, nb::ndim<1>>;
         return nb::make_tuple(
             static_cast<int>(plane.kind),
             nb::bytes(reinterpret_cast<const char*>(plane.tables.data()), plane.tables.size()),
-            Body(plane.body.get(), {plane.body_bytes}, self),
-            Body(plane.low.get(), {plane.low_bytes}, self));
+            Body(plane.body.data(), {plane.body.size()}, self),
+            Body(plane.low.data(), {plane.low.size()}, self));
     }
 
 private:
-    std::vector<EncodedPlane> planes_;
+    EncodedPlanes found_;
 };
 
 void count(const Matrix<const uint8_t>& symbols, unsigned shift, const Matrix<uint32_t>& counts) {

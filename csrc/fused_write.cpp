@@ -45,9 +45,10 @@ public:
         if (first_pass() < settings_.passes)
             for (uint64_t stream = 0; stream < streams_; ++stream) encode_stream(stream);
         for (unsigned pass = first_pass(); pass < settings_.passes; ++pass)
-            group_.passes[pass].body = buffers_.bodies_[pass];
+            group_.passes[pass].body = buffers_.store_.copy(buffers_.bodies_[pass]);
         if (is_sparse_) {
-            group_.passes[0] = {EncodedPass::Kind::Sparse, write_sparse(sparse_, shape_)};
+            group_.passes[0] = {EncodedPass::Kind::Sparse,
+                                buffers_.store_.copy(write_sparse(sparse_, shape_))};
         } else if (group_.passes[0].body.size() >= size) {
             keep_bytes();
         }
@@ -208,8 +209,9 @@ private:
         }
         EncodedPass& pass = group_.passes[0];
         pass.kind = EncodedPass::Kind::Bytes;
-        pass.body.resize(shape_.tokens * shape_.channels);
-        for_each_value([&](size_t to, size_t from) { pass.body[to] = symbols[from]; });
+        const std::span<uint8_t> body = buffers_.store_.take(shape_.tokens * shape_.channels);
+        for_each_value([&](size_t to, size_t from) { body[to] = symbols[from]; });
+        pass.body = body;
     }
 
     void keep_packed(unsigned index) {
@@ -217,13 +219,14 @@ private:
         const size_t plane = ceil_div(shape_.tokens * shape_.channels, 8);
         if (2 * plane > pass.body.size()) return;
         pass.kind = EncodedPass::Kind::Packed;
-        pass.body.assign(2 * plane, 0);
+        const std::span<uint8_t> body = buffers_.store_.take(2 * plane);
+        std::fill(body.begin(), body.end(), uint8_t{0});
         for_each_value([&](size_t to, size_t from) {
             const unsigned digit = digits_.codes[from] >> (3 * (index - 1)) & 3;
             for (size_t bit = 0; bit < 2; ++bit)
-                pass.body[bit * plane + to / 8] |=
-                    static_cast<uint8_t>((digit >> bit & 1) << to % 8);
+                body[bit * plane + to / 8] |= static_cast<uint8_t>((digit >> bit & 1) << to % 8);
         });
+        pass.body = body;
     }
 
     PassWriter& buffers_;

@@ -16,12 +16,13 @@ namespace {
 
 // The restart spacing of these codecs: whole places, about so many steps.
 constexpr uint64_t kStreamSteps = 1024;
+constexpr unsigned kHighBits = 5;
 constexpr size_t kAtOnce = 64;  // symbols that are packed at once
 
 // Encodes one plane after the other in the same memory.
 class PlaneEncoder {
 public:
-    explicit PlaneEncoder(const PlaneEncode& work) : work_(work) {}
+    PlaneEncoder(const PlaneEncode& work, BodyStore& store) : work_(work), store_(store) {}
 
     EncodedPlane encode(const PlaneToEncode& plane) {
         shape_ = {static_cast<uint64_t>(plane.values.tokens),
@@ -37,51 +38,30 @@ public:
         EncodedPlane result;
         if (size_ || work_.low_bits) result.tables = find_models(plane.levels);
         std::span<const uint8_t> body = size_ ? encode_body() : std::span<const uint8_t>();
-        const size_t plane_bytes = ceil_div(size_, 8);
-        const unsigned high_bits = 5;
-        const size_t plain = work_.low_bits ? high_bits * plane_bytes : size_;
+        const size_t plain = work_.low_bits ? kHighBits * ceil_div(size_, 8) : size_;
         result.kind = MatrixKind::Rans;
-        if (body.size() + result.tables.size() >= plain) {
+        if (body.size() + result.tables.size() < plain) {
+            result.body = store_.copy(body);
+        } else {
             result.tables.clear();
             result.kind = work_.low_bits ? MatrixKind::Packed : MatrixKind::Bytes;
-            result.body_bytes = plain;
-            if (work_.low_bits)
-                result.body = pack(work_.low_bits, high_bits);
-            else
-                result.body = copy_of({symbols_.data(), size_});
-        } else {
-            result.body_bytes = body.size();
-            result.body = copy_of(body);
+            result.body = work_.low_bits ? pack(work_.low_bits, kHighBits)
+                                         : store_.copy({symbols_.data(), size_});
         }
-        if (work_.low_bits) {
-            result.low_bytes = work_.low_bits * plane_bytes;
-            result.low = pack(0, work_.low_bits);
-        }
+        if (work_.low_bits) result.low = pack(0, work_.low_bits);
         return result;
     }
 
 private:
-    static std::unique_ptr<uint8_t[]> copy_of(std::span<const uint8_t> bytes) {
-        auto copy = std::make_unique_for_overwrite<uint8_t[]>(bytes.size());
-        std::copy(bytes.begin(), bytes.end(), copy.get());
-        return copy;
-    }
-
-    // Bit-planes, of which the last one needs room for a whole step of the kernel.
-    std::unique_ptr<uint8_t[]> pack(unsigned first, unsigned count) const {
+    // Bit-planes. The kernel writes 64 bits at a time, also of the last plane.
+    std::span<const uint8_t> pack(unsigned first, unsigned count) {
         const size_t plane_bytes = ceil_div(size_, 8), whole = symbols_.size() / 8;
-        const auto pack_bits = kernels().symbol_rows.pack_bits;
-        if (plane_bytes == whole) {
-            auto planes = std::make_unique_for_overwrite<uint8_t[]>(count * plane_bytes);
-            pack_bits(symbols_.data(), symbols_.size(), first, count, planes.get(), plane_bytes);
-            return planes;
-        }
-        std::vector<uint8_t> padded(count * whole);
-        pack_bits(symbols_.data(), symbols_.size(), first, count, padded.data(), whole);
-        auto planes = std::make_unique_for_overwrite<uint8_t[]>(count * plane_bytes);
-        for (unsigned bit = 0; bit < count; ++bit)
-            std::copy_n(&padded[bit * whole], plane_bytes, &planes[bit * plane_bytes]);
-        return planes;
+        const std::span<uint8_t> planes = store_.take((count - 1) * plane_bytes + whole);
+        // What is too much of a plane is overwritten by the next one.
+        for (unsigned bit = 0; bit < count && size_; ++bit)
+            kernels().symbol_rows.pack_bits(symbols_.data(), symbols_.size(), first + bit, 1,
+                                            &planes[bit * plane_bytes], whole);
+        return planes.first(count * plane_bytes);
     }
 
     // Returns the tables as they are stored.
@@ -134,6 +114,7 @@ private:
     }
 
     const PlaneEncode& work_;
+    BodyStore& store_;
     Shape shape_;
     size_t size_ = 0, alphabet_ = 0;
     unsigned shift_ = 0;  // low bits of a symbol that are not coded
@@ -147,15 +128,17 @@ private:
 
 }  // namespace
 
-std::vector<EncodedPlane> encode_planes(const PlaneEncode& work) {
-    std::vector<EncodedPlane> results(work.planes.size());
-    std::vector<std::exception_ptr> errors(work.planes.size());
+EncodedPlanes encode_planes(const PlaneEncode& work) {
+    const size_t count = work.planes.size(), threads = std::min(work.threads, count);
+    EncodedPlanes results{std::vector<EncodedPlane>(count), std::vector<BodyStore>(threads)};
+    std::vector<std::exception_ptr> errors(count);
     std::atomic<size_t> next = 0;
-    run_crew(std::min(work.threads, work.planes.size()), [&](size_t) {
-        PlaneEncoder encoder(work);
-        for (size_t i; (i = next++) < work.planes.size();) {
+    if (!count) return results;
+    run_crew(threads, [&](size_t thread) {
+        PlaneEncoder encoder(work, results.stores[thread]);
+        for (size_t i; (i = next++) < count;) {
             try {
-                results[i] = encoder.encode(work.planes[i]);
+                results.planes[i] = encoder.encode(work.planes[i]);
             } catch (...) {
                 errors[i] = std::current_exception();
             }

@@ -4,11 +4,11 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <span>
 #include <vector>
 
 #include "alias_table.h"
+#include "body_store.h"
 #include "plane_decode.h"
 #include "quantize.h"
 
@@ -39,12 +39,15 @@ struct PlaneEncode {
 struct EncodedPlane {
     MatrixKind kind = MatrixKind::Bytes;
     std::vector<uint8_t> tables;
-    std::unique_ptr<uint8_t[]> body, low;
-    size_t body_bytes = 0, low_bytes = 0;
+    std::span<const uint8_t> body, low;
+};
+struct EncodedPlanes {
+    std::vector<EncodedPlane> planes;
+    std::vector<BodyStore> stores;  // where bodies are
 };
 
 // Throws what quantize throws for the first plane that it refuses. Memory of each thread: 2 bytes for
 // each value of a plane, 5/4 KiB for each channel of it, and 350 KiB.
-std::vector<EncodedPlane> encode_planes(const PlaneEncode& work);
+EncodedPlanes encode_planes(const PlaneEncode& work);
 
 }  // namespace cachegen
