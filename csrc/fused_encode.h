@@ -143,7 +143,8 @@ public:
 private:
     class Work;
     BodyStore& store_;
-    std::array<AlignedVector<uint16_t>, kMaxPasses> words_;  // of the stream at work
+    // Of the streams at work.
+    std::array<std::array<AlignedVector<uint16_t>, kMaxPasses>, kStreamsAtOnce> words_;
     std::array<std::vector<uint8_t>, kMaxPasses> bodies_;
 };
 

@@ -300,8 +300,9 @@ struct Work {
                 runs[pass].words = encoded.data() + pass * (kMore + 1) * kLanes;
                 runs[pass].models = models.data();
             }
-            rows.encode_steps({code, out[0].at, steps, kLanes, kRefinements, 6, tables.coarse(),
-                               tables.refine(), runs});
+            const StepsJob job{code, out[0].at, steps, kLanes, kRefinements, 6, tables.coarse(),
+                               tables.refine(), runs};
+            rows.encode_steps(&job, 1);
         });
     }
 
