@@ -8,7 +8,6 @@
 
 #include "bindings.h"
 #include "channel_models.h"
-#include "digit_planes.h"
 #include "format.h"
 #include "plane_decode.h"
 #include "plane_encode.h"
@@ -169,16 +168,6 @@ void fit(const Matrix<const uint32_t>& counts, const Array<const int16_t, nb::nd
                 classes.data(), rotations.data());
 }
 
-void split(const Matrix<const uint8_t>& symbols, const Vector<const uint8_t>& rotations,
-           unsigned bits, const Matrix<uint8_t>& high, const Vector<uint8_t>& planes) {
-    require(bits >= 1 && bits <= 3 && rotations.size() == symbols.shape(1), "rotations");
-    require(high.shape(0) == symbols.shape(0) && high.shape(1) == symbols.shape(1) &&
-                planes.size() == bits * ceil_div(symbols.size(), 8), "digits");
-    nb::gil_scoped_release release;
-    split_digits({symbols.shape(0), symbols.shape(1), symbols.data()},
-                 {rotations.data(), rotations.size()}, bits, high.data(), planes.data());
-}
-
 }  // namespace
 
 void bind_planes(nb::module_& m) {
@@ -187,8 +176,6 @@ void bind_planes(nb::module_& m) {
           "freqs"_a.noconvert());
     m.def("fit_classes", fit, "counts"_a.noconvert(), "costs"_a.noconvert(),
           "classes"_a.noconvert(), "rotations"_a.noconvert());
-    m.def("split_digits", split, "symbols"_a.noconvert(), "rotations"_a.noconvert(), "bits"_a,
-          "high"_a.noconvert(), "planes"_a.noconvert());
     nb::class_<PlaneEncoder>(m, "PlaneEncoder")
         .def(nb::init<const std::string&, const nb::sequence&, bool, unsigned, const Tables*,
                       const std::optional<Array<const int16_t, nb::ndim<3>>>&,

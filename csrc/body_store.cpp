@@ -27,6 +27,7 @@ BodyStore::~BodyStore() {
 }
 
 std::span<uint8_t> BodyStore::take(size_t bytes) {
+    if (!bytes) return {};
     if (bytes > kBlockBytes) {
         large_.push_back(std::make_unique_for_overwrite<uint8_t[]>(bytes));
         return {large_.back().get(), bytes};

@@ -103,7 +103,7 @@ inline Words majority(Words a, Words b, Words c) {
 
 // Bit v of counts[k] of a lane: bit k of how often its digit was v. Digits beyond 31 do not count.
 struct LaneCounts {
-    static constexpr unsigned kBits = 8;
+    static constexpr unsigned kBits = 9;
     Words counts[kBits]{};
 
     // Adds two to a bit of all counts and returns the carries.
@@ -129,7 +129,7 @@ struct LaneCounts {
             eight = add(2, fours[0], fours[1]);
         }
         Words carry = add(3, eights[0], eights[1]);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (unsigned bit = 4; bit < kBits; ++bit) {
             const Words next = both(counts[bit], carry);
             counts[bit] = differ(counts[bit], carry);
@@ -137,6 +137,24 @@ struct LaneCounts {
         }
     }
 };
+
+#if defined(__AVX512BW__)
+inline void add_counts(const uint8_t* each, size_t alphabet, uint32_t* counts) {
+    const uint32_t there = ~uint32_t{0} >> (kMaxAlphabet - alphabet);
+    for (unsigned i = 0; i < kMaxAlphabet; i += 16) {
+        const auto mask = static_cast<__mmask16>(there >> i);
+        const __m512i more = _mm512_cvtepu8_epi32(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(each + i)));
+        _mm512_mask_storeu_epi32(
+            counts + i, mask,
+            _mm512_add_epi32(more, _mm512_maskz_loadu_epi32(mask, counts + i)));
+    }
+}
+#else
+inline void add_counts(const uint8_t* each, size_t alphabet, uint32_t* counts) {
+    for (size_t value = 0; value < alphabet; ++value) counts[value] += each[value];
+}
+#endif
 
 // All values of some channels at once: a digit is a bit of 32, and bits are added with carries.
 inline void count_digits(const uint8_t* digits, size_t stride, size_t tokens, size_t channels,
@@ -146,12 +164,16 @@ inline void count_digits(const uint8_t* digits, size_t stride, size_t tokens, si
         LaneCounts lanes;
         for (size_t t = 0; t < tokens; t += 16) lanes.add_rows(digits + t * stride + first, stride);
         uint8_t each[kWords][kMaxAlphabet];
-        join_planes({reinterpret_cast<const uint8_t*>(lanes.counts), sizeof(Words), 0,
-                     LaneCounts::kBits},
+        join_planes({reinterpret_cast<const uint8_t*>(lanes.counts), sizeof(Words), 0, 8},
                     sizeof each, each[0]);
-        for (size_t c = 0; c < std::min(kWords, channels - first); ++c)
-            for (size_t value = 0; value < alphabet; ++value)
-                counts[(first + c) * alphabet + value] += each[c][value];
+        uint32_t full[kWords];  // values that 256 tokens have
+        std::memcpy(full, &lanes.counts[8], sizeof full);
+        for (size_t c = 0; c < std::min(kWords, channels - first); ++c) {
+            uint32_t* const of = counts + (first + c) * alphabet;
+            add_counts(each[c], alphabet, of);
+            const auto value = static_cast<size_t>(std::countr_zero(full[c]));
+            if (value < alphabet) of[value] += 256;
+        }
     }
 }
 #endif
@@ -161,7 +183,7 @@ inline void count_symbols(const uint8_t* symbols, size_t stride, size_t tokens, 
                           unsigned shift, size_t alphabet, uint32_t* counts) {
     for (size_t first = 0; first < channels; first += sizeof(Bytes)) {
         const size_t some = std::min(sizeof(Bytes), channels - first);
-        Bytes rows[kCountedTokens + 1];
+        Bytes rows[kCountedTokens];
         for (size_t t = 0; t < tokens; ++t) {
             rows[t] = Bytes{};
             if (some == sizeof(Bytes))
@@ -182,11 +204,15 @@ inline void count_symbols(const uint8_t* symbols, size_t stride, size_t tokens, 
         for (size_t value = 0; value < alphabet; ++value) {
             Bytes sums{};
             const Bytes wanted = Bytes{} + static_cast<uint8_t>(value);
-            for (size_t t = 0; t < tokens; ++t)
-                sums -= reinterpret_cast<Bytes>(rows[t] == wanted);
             uint8_t each[sizeof(Bytes)];
-            std::memcpy(each, &sums, sizeof each);
-            for (size_t c = 0; c < some; ++c) counts[(first + c) * alphabet + value] += each[c];
+            for (size_t t = 0; t < tokens; ++t) {
+                sums -= reinterpret_cast<Bytes>(rows[t] == wanted);
+                if (t % 128 != 127 && t + 1 != tokens) continue;  // before a byte is full
+                std::memcpy(each, &sums, sizeof each);
+                sums = Bytes{};
+                for (size_t c = 0; c < some; ++c)
+                    counts[(first + c) * alphabet + value] += each[c];
+            }
         }
     }
 }

@@ -62,7 +62,7 @@ struct PackedRow {
     unsigned bits;
 };
 
-inline constexpr size_t kCountedChannels = 64, kCountedTokens = 255;
+inline constexpr size_t kCountedChannels = 64, kCountedTokens = 256;
 inline constexpr size_t kRotations = 3;  // that are tried for a channel
 
 // Rows of at most kBlockSteps symbols, but for `largest`; see symbol_rows.h.

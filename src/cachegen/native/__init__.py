@@ -32,7 +32,7 @@ from cachegen.native.fused_encode import (
     EncodeTables,
 )
 from cachegen.native.medians import column_medians
-from cachegen.native.models import count_symbols, fit_classes, normalize_counts, split_digits
+from cachegen.native.models import count_symbols, fit_classes, normalize_counts
 from cachegen.native.plane_encode import EncodedPlane, FrozenTables, encode_planes
 from cachegen.native.planes import MatrixSource, QuantizedPlane, decode_planes
 from cachegen.native.sparse import parse_sparse, write_sparse
@@ -225,7 +225,6 @@ __all__ = [
     "quantize",
     "segment_layout",
     "select_isa",
-    "split_digits",
     "stream_count",
     "threads",
     "use_one_thread",

@@ -69,15 +69,19 @@ def encode_planes(
         fields.append((address, *plane.strides[:2], tokens, heads, dim, most, to))
         scales.append(found)
         kept.append(plane)
-    frozen = tables if isinstance(tables, FrozenTables) else None
+    shared, costs, bits_saved = None, None, None
+    if isinstance(tables, FrozenTables):
+        shared, costs = tables.tables._core, tables.costs
+    else:
+        bits_saved = tables
     encoder = _core.PlaneEncoder(
         dtype.label,
         fields,
         per_head,
         low_bits,
-        frozen.tables._core if frozen else None,
-        frozen.costs if frozen else None,
-        None if frozen else tables,
+        shared,
+        costs,
+        bits_saved,
         threads(),
     )
     return [EncodedPlane(found, *encoder.encoded(index)) for index, found in enumerate(scales)]
