@@ -1,5 +1,5 @@
-// Alias tables and their inverses for AVX-512, a whole model in registers. docs/entropy-coding.md,
-// "Sharing out without steps", derives it; alias_table.cpp does the same step by step.
+// Alias tables and their inverses for AVX-512, a whole model in registers. docs/fused-encode.md,
+// "Tables without steps", derives it; alias_table.cpp does the same step by step.
 #include "alias_avx512.h"
 
 #include <immintrin.h>

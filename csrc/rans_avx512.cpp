@@ -1,4 +1,4 @@
-// Kernels for AVX-512 with VBMI, VBMI2, BITALG and GFNI (Ice Lake, Zen 4 and later).
+// Kernels for AVX-512 with VBMI, VBMI2, VNNI, BITALG and GFNI (Ice Lake, Zen 4 and later).
 // docs/entropy-coding.md derives them. The 32 states of a stream are two registers of 16-bit halves.
 #include <immintrin.h>
 
