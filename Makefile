@@ -73,6 +73,8 @@ results: $(VENV)/.installed
 	@$(BIN)/python benchmarks/token_redundancy.py --json benchmarks/results/token_redundancy.json
 	@$(BIN)/cachegen bench --bandwidth 20Mbps --json benchmarks/results/serving.json --plot docs/serving.png
 	@$(BIN)/cachegen bench speed --json benchmarks/results/speed.json --plot docs/speed.png
+	@$(BIN)/python benchmarks/stream_lengths.py --json benchmarks/results/stream_lengths.json
+	@$(BIN)/python scripts/make_segment_tables.py
 	@$(BIN)/cachegen simulate --json benchmarks/results/simulation.json --html docs/simulation.html --plot docs/simulation.png
 	@$(BIN)/python benchmarks/simulation_variants.py --json benchmarks/results/simulation_variants.json
 	@$(BIN)/python benchmarks/link.py --json benchmarks/results/link.json --plot docs/link.png

@@ -6,15 +6,19 @@ Three questions on chunks of 256 tokens. How many bytes more has the full object
 fine index directly, and each prefix of it than an encoder aimed at its distortion alone? How much
 of an object of three passes is side information?
 
-The aimed encoder has the same transform, exempt tokens, side information and dead zone, one pass
-and a step of its own. Its index is billed at the entropy under the continuous densities behind
-the tables, the best one for each channel, which no coder of theirs beats; its framing is that of a
-real object of one pass. Real objects of one pass are compared with where they hold every value.
+The aimed encoder has the same transform, exempt tokens, means and dead zone, one pass and a step
+of its own. Its index is billed at the entropy under the continuous densities behind the tables,
+with a profile those of the profile's classes at the best offset and without one the best for each
+channel, or as the sparse segment of a real object of one pass where that is smaller. Its header,
+side information and lane states are those of a real object of one pass. Real objects of one pass
+are compared with as well where they hold every value. All errors are measured on what is decoded;
+those in segment tables are estimates.
 
-Every prefix carries the header of the whole object, its segment table above all; payload alone is
-compared as well, which leaves what nesting itself costs. That is for prefixes that end a pass of
-all groups. Between them some groups are refined and others are not, and that mixture is dearer than
-a step in between whatever the coder.
+Every prefix carries the header of the whole object, its segment table above all; coded segments
+alone are compared, too, which leaves what nesting itself costs: lane states of every pass, and
+digits instead of an index. That is for prefixes that end a pass of all groups. Between them some
+groups are refined and others are not, and that mixture is dearer than a step in between whatever
+the coder.
 
 Data: captured KV of the reference model, and synthetic KV of a 32 x 8 x 128 model, each channel
 with mean, spread and shape of a channel of the reference model, independent from token to token.
@@ -43,9 +47,10 @@ from cachegen.bench.curves import Pchip
 from cachegen.bench.report import environment, write_json
 from cachegen.bench.workload import Sizes, load_workload
 from cachegen.chunk import KVChunk, LayerKV
-from cachegen.codec.basis import group_matrix
-from cachegen.codec.container import SIDE, read_header
-from cachegen.codec.header import Group, Segment
+from cachegen.codec.basis import GroupBasis, group_matrix
+from cachegen.codec.container import SIDE, SPARSE, read_header
+from cachegen.codec.encode_reference import OFFSETS
+from cachegen.codec.header import Group
 from cachegen.codec.ladder import (
     BASE_DEVIATION,
     CLASSES,
@@ -55,6 +60,8 @@ from cachegen.codec.ladder import (
     centroid,
 )
 from cachegen.codec.progressive import ProgressiveCodec, spread_of, unpack_params
+from cachegen.codec.reference import profile_base
+from cachegen.codec.summary import summarize
 from cachegen.hf.load import load_model
 from cachegen.profile import Profile
 
@@ -62,7 +69,7 @@ MODEL = Path(__file__).parents[1] / "models/reference"
 CHUNK_TOKENS = 256
 LAYERS, HEADS, DIM = 32, 8, 128
 CURVE_LAYERS = 2
-STEPS = 11
+STEPS = 15
 POINTS = 20
 DECAYS = (0.0, 0.5, 1.0, 1.5)
 SHAPES = (0.7, 1.0, 2.0)
@@ -132,54 +139,62 @@ def synthetic(kv: KVChunk, layers: int, *, seed: int = SEED) -> KVChunk:
 class Truncation:
     """A prefix of objects that are read alike.
 
-    distortion: squared error left over the energy, every group counting the same.
+    distortion: squared error left over the energy, every value counting the same.
     is_pass_end: every group has as many passes.
     """
 
     size_bytes: float
-    payload_bytes: float
+    coded_bytes: float
     distortion: float
     is_pass_end: bool
 
 
-def truncations(objects: Sequence[bytes], weights: Sequence[float]) -> list[Truncation]:
-    """Return the prefixes of objects of one chunk size: one for each slope they are cut at.
-
-    weights: what the objects count the squared errors of their groups; taken off again here.
-    """
+def truncations(objects: Sequence[bytes], parts: Sequence[Coefficients]) -> list[Truncation]:
+    """Return the prefixes of objects of one chunk size: one for each slope they are cut at."""
     headers = [read_header(data, max_decoded_bytes=1 << 62) for data in objects]
     result = []
     for _, lengths in SlopeCuts(POINTS)(objects):
-        left, passes, payload = [], [], 0
-        for data, header, length in zip(objects, headers, lengths, strict=True):
-            read: dict[int, Segment] = {}
+        left, ends, coded = [], set(), 0
+        for data, part, header, length in zip(objects, parts, headers, lengths, strict=True):
+            left.append(relative(part.errors_left(data[:length]), part))
+            passes = [0] * len(header.groups)
             for segment in header.segments:
                 if segment.kind != SIDE and segment.offset + segment.length <= length:
-                    read[segment.group] = segment
-            errors = [segment.distortion / weights[group] for group, segment in read.items()]
-            left.append(math.fsum(errors) / (header.value_count * spread_of(header) ** 2))
-            passes += [segment.pass_index for segment in read.values()]
-            payload += bill_of(data[:length]).payload_bytes
-        size, is_end = float(sum(lengths)), len(set(passes)) == 1
-        result.append(Truncation(size, float(payload), float(np.mean(left)), is_end))
+                    passes[segment.group] += 1
+                    coded += segment.length
+            ends.update(passes)
+        distortion, is_end = float(np.mean(left)), len(ends) == 1
+        result.append(Truncation(float(sum(lengths)), float(coded), distortion, is_end))
     return list(dict.fromkeys(result))
 
 
-def ideal_bits(index: NDArray[Any]) -> float:
+def relative(errors: Sequence[float], part: Coefficients) -> float:
+    """Return the squared errors of all groups over the energy that the steps are relative to."""
+    return math.fsum(errors) / (part.chunk.value_count * part.spread**2)
+
+
+def ideal_bits(index: NDArray[Any], statistics: GroupBasis | None, step: float) -> float:
     """Return the entropy-coded bits of an index matrix (T, N) without side information.
 
-    Each channel has the family and deviation, of those that a table exists for, with the
-    shortest code under the continuous density; magnitudes have no upper end.
+    Under continuous densities, magnitudes have no upper end. With a profile each component has the
+    family of the profile and its deviation, all moved by the best of the codec's offsets; without
+    one the family and deviation, of those that a table exists for, with the shortest code.
     """
     magnitude = np.abs(index.astype(np.int64))
     channels = magnitude.shape[1]
     size = int(magnitude.max()) + 1
     flat = (magnitude + size * np.arange(channels)).ravel()
     counts = np.bincount(flat, minlength=size * channels).reshape(channels, size)
-    best = np.full(channels, np.inf)
-    for costs in _cell_costs(size):
-        best = np.minimum(best, counts @ costs)
-    return float(best.sum())
+    bits = np.array([counts @ costs for costs in _cell_costs(size)])
+    if statistics is None:
+        return float(bits.min(axis=0).sum())
+    base = profile_base(statistics, step).astype(np.int64) - LOWEST_ROW
+    rows = CLASSES - LOWEST_ROW
+    totals = []
+    for offset in OFFSETS:
+        way = statistics.families.astype(np.int64) * rows + np.clip(base + offset, 0, rows - 1)
+        totals.append(float(bits[way, np.arange(channels)].sum()))
+    return min(totals)
 
 
 @functools.lru_cache(maxsize=64)
@@ -201,53 +216,66 @@ def _cell_costs(size: int) -> list[Array]:
     return result
 
 
-def quantise_aimed(groups: Sequence[NDArray[np.float32]], step: float) -> tuple[float, float]:
-    """Quantise coefficients with one step: return ideal payload bits and the squared error left."""
-    bits = error = 0.0
-    for values in groups:
-        scaled = np.abs(values) / np.float32(step)
-        index = np.floor(scaled + np.float32(1 - DEAD_ZONE))
-        deviation = np.sqrt(np.square(scaled).mean(axis=0)) + np.float32(1e-6)
-        errors = []
-        for decay in DECAYS:
-            inside = centroid((math.sqrt(2) * decay / deviation).astype(np.float32))
-            rebuilt = np.where(index > 0, index - np.float32(1 - DEAD_ZONE) + inside, 0)
-            errors.append(float(np.square(rebuilt - scaled, dtype=np.float64).sum()))
-        error += min(errors) * step * step
-        bits += ideal_bits(index)
-    return bits, error
+def quantise_aimed(
+    values: NDArray[np.float32], statistics: GroupBasis | None, step: float
+) -> tuple[float, float]:
+    """Quantise coefficients with one step: return ideal payload bytes and the squared error."""
+    scaled = np.abs(values) / np.float32(step)
+    index = np.floor(scaled + np.float32(1 - DEAD_ZONE))
+    deviation = np.sqrt(np.square(scaled).mean(axis=0)) + np.float32(1e-6)
+    errors = []
+    for decay in DECAYS:
+        inside = centroid((math.sqrt(2) * decay / deviation).astype(np.float32))
+        rebuilt = np.where(index > 0, index - np.float32(1 - DEAD_ZONE) + inside, 0)
+        errors.append(float(np.square(rebuilt - scaled, dtype=np.float64).sum()))
+    return ideal_bits(index, statistics, step) / 8, min(errors) * step * step
 
 
 Curve = list[tuple[float, float]]
 
 
+def coded_bytes(data: bytes) -> tuple[dict[int, int], int]:
+    """Return the bytes of groups whose first pass is sparse, and of all but coded segments."""
+    header = read_header(data, max_decoded_bytes=1 << 62)
+    coded = [segment for segment in header.segments if segment.kind != SIDE]
+    sparse = {s.group: s.length for s in coded if s.kind == SPARSE and s.pass_index == 0}
+    return sparse, len(data) - sum(segment.end - segment.offset for segment in coded)
+
+
 def aimed_curves(
-    chunks: Sequence[KVChunk], profile: Profile | None, objects: Sequence[bytes], steps: Array
+    chunks: Sequence[KVChunk],
+    profile: Profile | None,
+    objects: Sequence[bytes],
+    parts: Sequence[Coefficients],
+    steps: Array,
 ) -> dict[str, Curve]:
     """Return (bytes, distortion) at each relative step, real where it can be and ideal."""
-    parts = [Coefficients.of(chunk, profile) for chunk in chunks]
-    headers = [read_header(data, max_decoded_bytes=1 << 62) for data in objects]
     fixed = sum(bill.exempt_bytes for bill in map(bill_of, objects))
-    coarse = [
-        ProgressiveCodec(passes=1, step=float(steps[-1]), profile=profile).encode(chunk)
-        for chunk in chunks
+    # A finer step leaves tokens beyond the reach of one pass, which an ideal coder does not have.
+    codec = ProgressiveCodec(passes=1, step=float(steps[-1]), profile=profile)
+    side = sum(coded_bytes(codec.encode(chunk))[1] for chunk in chunks)
+    # The last passes of whole objects have lane states.
+    states = [
+        [g.states_bytes / g.kinds.count("rans") for g in summarize(data).groups] for data in objects
     ]
-    side = sum(bill.side_bytes + bill.exempt_bytes for bill in map(bill_of, coarse))
-    weights = parts[0].basis.error_weights()
-    curves: dict[str, Curve] = {"real": [], "ideal": [], "payload": []}
+    curves: dict[str, Curve] = {"real": [], "ideal": [], "coded": []}
     for step in steps:
-        bits, left = 0.0, []
-        for part, header in zip(parts, headers, strict=True):
-            spread = spread_of(header)
-            coded, error = quantise_aimed(part.groups, float(step) * spread)
-            bits += coded
-            left.append(error / (header.value_count * spread**2))
-        curves["ideal"].append((side + bits / 8, float(np.mean(left))))
-        curves["payload"].append((bits / 8, float(np.mean(left))))
         codec = ProgressiveCodec(passes=1, step=float(step), profile=profile)
         real = [codec.encode(chunk) for chunk in chunks]
+        coded, left = 0.0, []
+        for part, data, lanes in zip(parts, real, states, strict=True):
+            sparse, _ = coded_bytes(data)
+            errors = []
+            for group, values in enumerate(part.groups):
+                unit = float(step) * part.spread
+                size, error = quantise_aimed(values, part.basis.bases[group], unit)
+                errors.append(error)
+                coded += min(size + lanes[group], sparse.get(group, math.inf))
+            left.append(relative(errors, part))
+        curves["ideal"].append((side + coded, float(np.mean(left))))
+        curves["coded"].append((coded, float(np.mean(left))))
         if sum(bill.exempt_bytes for bill in map(bill_of, real)) == fixed:
-            last = truncations(real, weights)[-1]
+            last = truncations(real, parts)[-1]
             curves["real"].append((last.size_bytes, last.distortion))
     return curves
 
@@ -270,13 +298,15 @@ def embedding(name: str, chunks: Sequence[KVChunk], profile: Profile | None) -> 
     finest = unpack_params(header)[0] / spread_of(header)
     coarsest = finest * 3 ** (header.passes - 1)
     steps = np.geomspace(finest / 1.4, coarsest * 1.4, STEPS)
-    curves = aimed_curves(chunks, profile, objects, steps)
-    payload_curve = curves.pop("payload")
+    parts = [
+        Coefficients.of(chunk, profile, data) for chunk, data in zip(chunks, objects, strict=True)
+    ]
+    curves = aimed_curves(chunks, profile, objects, parts, steps)
+    coded_curve = curves.pop("coded")
     values = sum(chunk.value_count for chunk in chunks)
     points = []
-    weights = Coefficients.of(chunks[0], profile).basis.error_weights()
-    for point in truncations(objects, weights):
-        payload = size_at(payload_curve, point.distortion)
+    for point in truncations(objects, parts):
+        coded = size_at(coded_curve, point.distortion)
         sizes = {kind: size_at(curve, point.distortion) for kind, curve in curves.items()}
         percent = {
             f"percent_above_{kind}": None if size is None else 100 * (point.size_bytes / size - 1)
@@ -289,12 +319,12 @@ def embedding(name: str, chunks: Sequence[KVChunk], profile: Profile | None) -> 
                     "relative_distortion": point.distortion,
                     "is_pass_end": point.is_pass_end,
                     **percent,
-                    "payload_percent_above_ideal": None
-                    if payload is None
-                    else 100 * (point.payload_bytes / payload - 1),
+                    "coded_percent_above_ideal": None
+                    if coded is None
+                    else 100 * (point.coded_bytes / coded - 1),
                 }
             )
-    bare = [point["payload_percent_above_ideal"] for point in points if point["is_pass_end"]]
+    bare = [point["coded_percent_above_ideal"] for point in points if point["is_pass_end"]]
     ends = [point["percent_above_ideal"] for point in points if point["is_pass_end"]]
     between = [point["percent_above_ideal"] for point in points if not point["is_pass_end"]]
     return {
@@ -305,8 +335,8 @@ def embedding(name: str, chunks: Sequence[KVChunk], profile: Profile | None) -> 
         "full_bits_per_value": points[-1]["bits_per_value"],
         "full_percent_above_ideal": ends[-1],
         "worst_pass_end_percent": max(ends),
-        "full_payload_percent_above_ideal": bare[-1],
-        "worst_pass_end_payload_percent": max(bare),
+        "full_coded_percent_above_ideal": bare[-1],
+        "worst_pass_end_coded_percent": max(bare),
         "worst_between_percent": max(between, default=None),
         "met": {"full": ends[-1] <= MAX_FULL_PERCENT, "ends": max(ends) <= MAX_POINT_PERCENT},
         "points": points,
@@ -371,7 +401,7 @@ def main() -> None:
             f"{row['data']}, profile {row['profile']}: "
             f"full {row['full_percent_above_ideal']:+.2f} %, "
             f"worst end of a pass {row['worst_pass_end_percent']:+.2f} %, "
-            f"their payload alone {row['worst_pass_end_payload_percent']:+.2f} %, "
+            f"their coded segments alone {row['worst_pass_end_coded_percent']:+.2f} %, "
             f"worst between {'-' if between is None else format(between, '+.2f')} %"
         )
     side = side_information(synthetic(kv, LAYERS))

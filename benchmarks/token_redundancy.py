@@ -232,7 +232,7 @@ def rates(rows: Sequence[dict[str, Any]], profile: bool) -> list[dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--texts", type=int, default=4)
+    parser.add_argument("--texts", type=int, default=3)
     arguments = parser.parse_args()
     model, tokenizer = load_model(str(MODEL))
     sizes = Sizes(texts=arguments.texts, retrieval_prompts=2, needle_prompts=0, tracking_prompts=0)

@@ -115,7 +115,7 @@ def main() -> None:
     result = parse(done.stdout)
     if arguments.write:
         print_table(result, None)
-        command = ["scripts/instruction_guard.py", "--write"]
+        command = ["python", "scripts/instruction_guard.py", "--write"]
         write_json(BASELINE, {**environment(command), **result})
         return
     baseline = json.loads(BASELINE.read_text())

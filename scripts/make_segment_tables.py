@@ -1,8 +1,9 @@
 """Measure bits per value against distortion on the reference model, for the simulator.
 
 Held-out prefixes are encoded in chunks of 1,024 tokens, prefixes of the objects are decoded, and
-the error is measured in one unit for all codecs: before RoPE, V weighted, squared, over the
-squared spread of the chunk's centred values. Writes src/cachegen/stream/segment_tables.json.
+the error is measured in one unit for all codecs: squared, before RoPE, every head weighted by what
+its errors do to the model's predictions (docs/decisions/0010-measured-weights.md), over the same of
+the chunk's centred values. Writes src/cachegen/stream/segment_tables.json.
 """
 
 from __future__ import annotations
@@ -16,20 +17,24 @@ import numpy as np
 from rich.console import Console
 
 from cachegen.bench.baselines.families import PAPER_BINS
-from cachegen.bench.calibrate import calibrate, captured_contexts
+from cachegen.bench.calibrate import captured_contexts
+from cachegen.bench.coding import PROFILE_FILE
 from cachegen.bench.prompts import load_workload
 from cachegen.bench.report import environment, write_json
 from cachegen.chunk import KVChunk
 from cachegen.codec.base import Codec
-from cachegen.codec.basis import group_matrix, plain_basis, planes_of_group
+from cachegen.codec.basis import group_matrix
 from cachegen.codec.cachegen import CacheGenCodec
 from cachegen.codec.container import read_header
 from cachegen.codec.grading import CacheGenConfig
+from cachegen.codec.header import Group
 from cachegen.codec.int8 import Int8Codec
 from cachegen.codec.levels import relative_distortions
+from cachegen.codec.metric import Metric, weigh
 from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.codec.registry import decode
 from cachegen.hf.load import begin_and_text, load_model
+from cachegen.profile import Profile
 from cachegen.types import KVDtype
 
 ROOT = Path(__file__).parents[1]
@@ -40,25 +45,31 @@ CALIBRATION_TOKENS = 16_384
 LEVELS = (1, 2, 3)
 
 
-def relative_error(chunk: KVChunk, decoded: KVChunk) -> float:
-    """Return the weighted squared error over the squared spread of the centred values.
+class Ruler:
+    """Measures errors in one unit. metric: what an error of each head costs."""
 
-    RoPE turns keys without changing their length, so the error is the same before and after it.
-    """
-    basis = plain_basis(chunk)
-    error = spread = 0.0
-    for group in basis.groups:
-        rows = group_matrix(chunk, group, basis.value_weight).astype(np.float64)
-        spread += float(np.square(rows - rows.mean(axis=0)).sum())
-        for layer, is_value in planes_of_group(group):
-            left = chunk.layers[layer].plane(is_value=is_value).astype(np.float64)
-            right = decoded.layers[layer].plane(is_value=is_value).astype(np.float64)
-            weight = basis.value_weight if is_value else 1.0
-            error += float(np.square(weight * (left - right)).sum())
-    return error / spread
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+
+    def relative_error(self, chunk: KVChunk, decoded: KVChunk) -> float:
+        """Return the weighted squared error over that of the channel means."""
+        # What codecs return says nothing of RoPE.
+        position, rope = chunk.first_position, chunk.rope
+        decoded = KVChunk.from_layers(decoded.layers, first_position=position, rope=rope)
+        error = spread = 0.0
+        for layer in range(chunk.geometry.layers):
+            for planes, is_value in ((1, False), (2, True)):
+                group, blocks = Group(layer, 1, planes), self._metric.blocks([(layer, is_value)])
+                left, right = (group_matrix(kv, group, 1.0) for kv in (chunk, decoded))
+                centred = left - left.mean(axis=0, dtype=np.float64)
+                error += float(np.square(weigh(left - right, blocks), dtype=np.float64).sum())
+                spread += float(np.square(weigh(centred, blocks), dtype=np.float64).sum())
+        return error / spread
 
 
-def nested_points(chunks: Sequence[KVChunk], codec: ProgressiveCodec) -> list[dict[str, float]]:
+def nested_points(
+    chunks: Sequence[KVChunk], codec: ProgressiveCodec, ruler: Ruler
+) -> list[dict[str, float]]:
     """Measure prefixes of nested objects: mean over the chunks of the n-th prefix that decodes."""
     measured = []
     for chunk in chunks:
@@ -66,7 +77,7 @@ def nested_points(chunks: Sequence[KVChunk], codec: ProgressiveCodec) -> list[di
         ends = [size for size, _ in relative_distortions(read_header(data))]
         measured.append(
             [
-                (8 * end / chunk.value_count, relative_error(chunk, decoded))
+                (8 * end / chunk.value_count, ruler.relative_error(chunk, decoded))
                 for end in ends
                 for decoded in [decode(data[:end], allow_partial=True, profile=codec.profile)]
             ]
@@ -74,7 +85,9 @@ def nested_points(chunks: Sequence[KVChunk], codec: ProgressiveCodec) -> list[di
     return _mean(measured)
 
 
-def whole_points(chunks: Sequence[KVChunk], codecs: Sequence[Codec]) -> list[dict[str, float]]:
+def whole_points(
+    chunks: Sequence[KVChunk], codecs: Sequence[Codec], ruler: Ruler
+) -> list[dict[str, float]]:
     """Measure codecs that have one object for each level."""
     measured = []
     for chunk in chunks:
@@ -82,7 +95,7 @@ def whole_points(chunks: Sequence[KVChunk], codecs: Sequence[Codec]) -> list[dic
         for codec in codecs:
             data = codec.encode(chunk)
             decoded = decode(data, profile=getattr(codec, "profile", None))
-            row.append((8 * len(data) / chunk.value_count, relative_error(chunk, decoded)))
+            row.append((8 * len(data) / chunk.value_count, ruler.relative_error(chunk, decoded)))
         measured.append(row)
     return _mean(measured)
 
@@ -111,7 +124,12 @@ def main() -> None:
             model, ids, tokens=CALIBRATION_TOKENS, context=CHUNK_TOKENS, begin=begin
         )
     ]
-    profile = calibrate(model, ids, tokens=CALIBRATION_TOKENS, context=CHUNK_TOKENS, begin=begin)
+    profile = Profile.load(MODEL / PROFILE_FILE)
+    ruler = Ruler(
+        Metric.from_arrays(
+            profile.arrays["metric.keys"], profile.arrays["metric.values"], chunks[0].geometry
+        )
+    )
     layers = chunks[0].geometry.layers
     paper: list[Codec] = []
     for bins in PAPER_BINS:
@@ -123,26 +141,26 @@ def main() -> None:
     tables: dict[str, Any] = {
         "progressive": {
             "text": "one progressive object, no profile; points are prefixes of it",
-            "points": nested_points(chunks, ProgressiveCodec()),
+            "points": nested_points(chunks, ProgressiveCodec(), ruler),
         },
         "progressive-profile": {
             "text": "one progressive object with a profile; points are prefixes of it",
-            "points": nested_points(chunks, ProgressiveCodec(profile=profile)),
+            "points": nested_points(chunks, ProgressiveCodec(profile=profile), ruler),
         },
         "cachegen-lmcache": {
             "text": "levels 1 to 3 as LMCache codes them, tables sent with every chunk",
             "points": whole_points(
-                chunks, [CacheGenCodec(level=level, tables="chunk") for level in LEVELS]
+                chunks, [CacheGenCodec(level=level, tables="chunk") for level in LEVELS], ruler
             ),
         },
         "cachegen-paper": {
             "text": "levels as the paper codes them: anchor deltas, tables from calibration; "
             f"bins {', '.join(map(str, PAPER_BINS))}",
-            "points": whole_points(chunks, paper),
+            "points": whole_points(chunks, paper, ruler),
         },
         "int8": {
             "text": "plain int8, no entropy coding",
-            "points": whole_points(chunks, [Int8Codec(entropy=False)]),
+            "points": whole_points(chunks, [Int8Codec(entropy=False)], ruler),
         },
     }
     console = Console()
@@ -154,7 +172,7 @@ def main() -> None:
         "chunk_tokens": CHUNK_TOKENS,
         "chunks": len(chunks),
         "calibration_tokens": CALIBRATION_TOKENS,
-        "unit": "weighted squared error over the squared spread of the centred values",
+        "unit": "squared error, weighted by gradients, over that of the channel means",
         "tables": tables,
         **environment(["python", "scripts/make_segment_tables.py"]),
     }

@@ -29,13 +29,31 @@ def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    words = list(command) if command else [Path(sys.argv[0]).name, *sys.argv[1:]]
+    words = list(command) if command else _own_command()
     return {
         "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "machine": platform.machine()},
         "versions": versions,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": " ".join(words),
     }
+
+
+def _own_command() -> list[str]:
+    """Return how this program was called, as it would be called in any folder."""
+    program, *words = [_portable(word) for word in sys.argv]
+    if program.endswith(".py"):
+        return ["python", program, *words]
+    # An entry point that imports the library says nothing of its name.
+    return ["cachegen" if program in ("-c", "-m") else Path(program).name, *words]
+
+
+def _portable(word: str) -> str:
+    """Return a word without the part of a path that is this machine's."""
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
 
 
 def _cpu_name() -> str:
