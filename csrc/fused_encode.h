@@ -78,8 +78,9 @@ struct EncodeSettings {
 void survey_groups(std::span<EncodeGroup> groups, size_t threads);
 
 // step: the finest one. Returns where the bodies are.
-std::vector<BodyStore> encode_groups(std::span<EncodeGroup> groups, const EncodeSettings& settings,
-                                     float step, size_t threads);
+[[nodiscard]] std::vector<BodyStore> encode_groups(std::span<EncodeGroup> groups,
+                                                   const EncodeSettings& settings, float step,
+                                                   size_t threads);
 
 // ---- Parts, of one group and one thread --------------------------------------------------------
 
