@@ -248,6 +248,11 @@ inline void build_inverse(__m512i freqs, const float* reciprocals, InverseTable&
     alignas(64) uint16_t each[32];
     _mm512_store_si512(each, freqs);
     for (unsigned s = 0; s < K; ++s) table.reciprocal[s] = reciprocals[each[s]];
+    if constexpr (K == 16) {  // the unused entries
+        _mm512_store_ps(table.reciprocal + 16, _mm512_setzero_ps());
+        _mm512_store_si512(table.part_begin + 32, words(kTotal));
+        _mm512_store_si512(table.part_shift + 32, _mm512_setzero_si512());
+    }
     for (unsigned i = 0; i < K / 16; ++i) {
         const __m512i low = _mm512_load_si512(parts + 32 * i);
         const __m512i high = _mm512_load_si512(parts + 32 * i + 16);
