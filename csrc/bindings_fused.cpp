@@ -25,6 +25,26 @@ void decode(const std::string& type, const std::string& stored, unsigned passes,
     decode_groups(work);
 }
 
+// As __array_struct__ lays it out (NumPy's array interface, version 3).
+struct ArrayInterface {
+    int two, dimensions;
+    char kind;
+    int item_size, flags;
+    Py_intptr_t *shape, *strides;
+    void* data;
+    PyObject* description;
+};
+
+// __array_interface__ says the same, and takes ten times as long.
+uintptr_t data_address(const nb::object& array) {
+    const nb::object capsule = array.attr("__array_struct__");
+    const auto* const fields =
+        static_cast<const ArrayInterface*>(PyCapsule_GetPointer(capsule.ptr(), nullptr));
+    if (!fields) throw nb::python_error();
+    require(fields->two == 2, "array");
+    return reinterpret_cast<uintptr_t>(fields->data);
+}
+
 void finish(const std::string& type, const nb::tuple& target, const Matrix<const float>& values,
             const Vector<const float>& mean, float factor, const nb::object& angles,
             bool interleaved, const Vector<const uint8_t>& exempt) {
@@ -60,6 +80,7 @@ void finish(const std::string& type, const nb::tuple& target, const Matrix<const
 void bind_fused(nb::module_& m) {
     m.def("decode_groups", decode, "type"_a, "stored"_a, "passes"_a, "coarse"_a, "refine"_a, "ropes"_a,
           "groups"_a, "threads"_a);
+    m.def("data_address", data_address, "array"_a);
     m.def("finish_plane", finish, "type"_a, "target"_a, "values"_a.noconvert(),
           "mean"_a.noconvert(), "factor"_a, "angles"_a.none(), "interleaved"_a,
           "exempt"_a.noconvert());

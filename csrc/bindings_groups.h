@@ -84,6 +84,15 @@ public:
     // Groups share many arrays, and looking into one takes long.
     template <class T>
     std::span<const T> view(nb::handle array) {
+        if constexpr (sizeof(T) == 1) {
+            // Bodies of segments: each is a view of its own, which the caller's tuples keep alive.
+            if (PyMemoryView_Check(array.ptr())) {
+                const Py_buffer* const buffer = PyMemoryView_GET_BUFFER(array.ptr());
+                require(buffer->itemsize == 1 && buffer->ndim == 1 &&
+                            PyBuffer_IsContiguous(buffer, 'C'), "bytes");
+                return {static_cast<const T*>(buffer->buf), static_cast<size_t>(buffer->len)};
+            }
+        }
         auto [known, is_new] = views_.try_emplace({array.ptr(), sizeof(T)});
         if (is_new) {
             const auto typed = nb::cast<Vector<const T>>(array, /* convert = */ false);

@@ -135,6 +135,9 @@ struct Kernels {
     void (*finish_unit[kKVTypes])(const UnitJob& job);
     // Fills a row of UnitJob::lookup for each row of a job, of which values are not read.
     void (*fill_lookup[kKVTypes])(const UnitJob& job, void* lookup);
+    void (*turn_means[kKVTypes])(const MeansJob& job);
+    // found[r]: lanes of row r of values that are not 0.
+    void (*find_values)(const int16_t* values, size_t rows, uint32_t* found);
     void (*scale_rows)(const UnitJob& job, float* out, size_t stride, uint8_t* used);
     void (*finish_row[kKVTypes])(const RowsJob& job);
     LadderEncodeRows encode_rows;

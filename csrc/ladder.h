@@ -11,6 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "float_bits.h"
+
 namespace cachegen {
 
 inline constexpr unsigned kMaxPasses = 6;
@@ -36,8 +38,6 @@ inline constexpr int16_t kLookup[32] = {0,   1,   2,   3,   4,   5,   6,  7,  8,
 // One head at one place: `size` rows of kLanes values to one row of `size` floats for each lane.
 struct UnitJob {
     const int16_t* values;
-    bool is_blank;   // they are all 0
-    bool is_sparse;  // nearly all of them are
     size_t size;
     Scaling scaling;
     const float *early_offset, *late_offset, *mean;  // one per row
@@ -45,9 +45,34 @@ struct UnitJob {
     size_t half;
     bool interleaved;        // pairs are neighbours, else `half` rows apart
     const void* lookup;      // one row per row of values, or null; see kLookup
-    const uint16_t* mean_bits;  // `mean` as elements of 16 bits, if is_sparse and there is no RoPE
     std::byte* const* rows;  // where the head of each lane's token goes; null: nowhere
     void* scratch;           // size rounded up to 64 rows of kLanes elements, aligned to 64 bytes
+};
+
+// The float of a value of one channel, before RoPE.
+inline float scale_value(const UnitJob& job, size_t row, int32_t value) {
+    const int32_t minus = value >> 31;
+    const bool late = ((value ^ minus) - minus) < job.scaling.late_below;
+    const uint32_t scale = select(late, bits_from_float(job.scaling.late_scale),
+                                  bits_from_float(job.scaling.early_scale));
+    const uint32_t offset = select(late, bits_from_float(job.late_offset[row]),
+                                   bits_from_float(job.early_offset[row]));
+    const uint32_t moved = select(value == 0, 0, offset) ^
+                           (static_cast<uint32_t>(minus) & 0x80000000u);
+    return static_cast<float>(value) * float_from_bits(scale) + float_from_bits(moved) +
+           job.mean[row];
+}
+
+// A head's means, turned by RoPE for every lane: rows of elements.
+struct MeansJob {
+    const float* mean;  // `size` of them
+    size_t size;
+    const float* angles;  // for each lane `half` cos and then as many sin
+    size_t half;
+    bool interleaved;
+    uint32_t lanes;           // bit l: lane l is wanted
+    std::byte* const* rows;   // of every lane
+    uint32_t is_read_again;   // by lane; rows of others may go past the caches
 };
 
 // Rows of floats, one per token, to their destination: (row + mean) * factor, RoPE, rounding.

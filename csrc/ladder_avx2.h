@@ -22,6 +22,19 @@ void find_bytes_avx2(const uint8_t* block, const uint8_t* wanted, size_t steps, 
     }
 }
 
+void find_values_avx2(const int16_t* values, size_t rows, uint32_t* found) {
+    const __m256i zero = _mm256_setzero_si256();
+    for (size_t row = 0; row < rows; ++row, values += kLanes) {
+        const auto* const at = reinterpret_cast<const __m256i*>(values);
+        const __m256i none = _mm256_packs_epi16(
+            _mm256_cmpeq_epi16(_mm256_load_si256(at), zero),
+            _mm256_cmpeq_epi16(_mm256_load_si256(at + 1), zero));
+        // Packing works on halves: quarters 1 and 2 change places.
+        found[row] = ~static_cast<uint32_t>(
+            _mm256_movemask_epi8(_mm256_permute4x64_epi64(none, 0xd8)));
+    }
+}
+
 // Transposes 8 x 8 elements of 16 bits in each half of 8 registers: interleaving row i with row
 // i + 4 moves the top bit of the row number to the lowest bit of the column number, as in
 // block_avx2.h.

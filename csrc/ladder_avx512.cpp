@@ -130,10 +130,6 @@ inline bool is_narrow(__m512i values) {  // all from -16 to 15
 
 inline Floats floats_of(const UnitJob& job, size_t row) {
     const __m512i values = load(job.values + row * kLanes);
-    if (job.is_sparse && !_mm512_test_epi16_mask(values, values)) {
-        const __m512 mean = _mm512_set1_ps(0.0f + job.mean[row]);
-        return {mean, mean};
-    }
     if (job.lookup && is_narrow(values)) [[likely]] {
         const float* const entries = static_cast<const float*>(job.lookup) + row * kLanes;
         const auto look_up = [&](__m512i index) {
@@ -208,11 +204,6 @@ void convert_rows(const UnitJob& job) {
     for (size_t row = 2 * pairs; row < job.size; ++row) {
         if constexpr (kType != KVType::Float32) {
             const __m512i values = load(job.values + row * kLanes);
-            if (job.mean_bits && !_mm512_test_epi16_mask(values, values)) {
-                _mm512_store_si512(static_cast<uint16_t*>(job.scratch) + row * kLanes,
-                                   words(job.mean_bits[row]));
-                continue;
-            }
             if (job.lookup && !job.cos && is_narrow(values)) [[likely]] {
                 const auto* const entries = static_cast<const uint16_t*>(job.lookup) + row * kLanes;
                 _mm512_store_si512(static_cast<uint16_t*>(job.scratch) + row * kLanes,
@@ -318,23 +309,6 @@ void store_floats(const UnitJob& job) {
     }
 }
 
-// Nothing but means, and no RoPE: every token gets the same row.
-void store_means(const UnitJob& job) {
-    const size_t size = job.size * sizeof *job.mean_bits;
-    for (unsigned lane = 0; lane < kLanes; ++lane) {
-        std::byte* const to = job.rows[lane];
-        if (!to) continue;
-        if ((reinterpret_cast<uintptr_t>(to) | size) % 64) {
-            std::memcpy(to, job.mean_bits, size);
-            continue;
-        }
-        const auto* const from = reinterpret_cast<const std::byte*>(job.mean_bits);
-        for (size_t at = 0; at < size; at += 64)
-            _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at),
-                                _mm512_loadu_si512(from + at));
-    }
-}
-
 }  // namespace
 
 constinit const uint8_t kAngleLanesAvx512[kLanes] = {
@@ -367,7 +341,6 @@ template void store_unit_avx512<KVType::Float32>(const UnitJob&);
 
 template <KVType kType>
 void finish_unit_avx512(const UnitJob& job) {
-    if (job.is_blank && job.mean_bits) return store_means(job);
     convert_rows<kType>(job);
     store_unit_avx512<kType>(job);
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 
@@ -53,21 +54,7 @@ void refine_values(const uint8_t* digits, int late_below, size_t steps, int16_t*
 
 // The floats of values of one channel, before RoPE.
 inline void scale_values(const UnitJob& job, size_t row, const int16_t* values, float* out) {
-    const auto early_offset = bits_from_float(job.early_offset[row]);
-    const auto late_offset = bits_from_float(job.late_offset[row]);
-    const auto early_scale = bits_from_float(job.scaling.early_scale);
-    const auto late_scale = bits_from_float(job.scaling.late_scale);
-    const float mean = job.mean[row];
-    const int limit = job.scaling.late_below;
-    for (unsigned lane = 0; lane < kLanes; ++lane) {
-        const int32_t v = values[lane];
-        const int32_t minus = v >> 31;
-        const bool late = ((v ^ minus) - minus) < limit;
-        const uint32_t scale = select(late, late_scale, early_scale);
-        const uint32_t offset = select(v == 0, 0, select(late, late_offset, early_offset)) ^
-                                (static_cast<uint32_t>(minus) & 0x80000000u);
-        out[lane] = static_cast<float>(v) * float_from_bits(scale) + float_from_bits(offset) + mean;
-    }
+    for (unsigned lane = 0; lane < kLanes; ++lane) out[lane] = scale_value(job, row, values[lane]);
 }
 
 inline void scale_row(const UnitJob& job, size_t row, float* out) {
@@ -152,10 +139,12 @@ void scale_rows(const UnitJob& job, float* out, size_t stride, uint8_t* used) {
     }
 }
 
-template <KVType kType>
-void finish_row(const RowsJob& job) {
+// One head of one token: RoPE, rounding. channel(i): the float of dimension i.
+template <KVType kType, class Channel>
+inline void finish_channels(const Channel& channel, size_t size, const float* cos,
+                            const float* sin, size_t pairs, bool interleaved,
+                            typename KVTraits<kType>::Bits* out) {
     using Bits = typename KVTraits<kType>::Bits;
-    auto* const out = static_cast<Bits*>(job.row);
     constexpr size_t kPart = 128;
     const auto convert = [](float value) {
         if constexpr (kType == KVType::Float16) {
@@ -164,13 +153,11 @@ void finish_row(const RowsJob& job) {
         }
         return KVTraits<kType>::from_float(value);
     };
-    const auto channel = [&](size_t i) { return (job.values[i] + job.mean[i]) * job.factor; };
-    const size_t pairs = job.cos ? job.half : 0;
-    if (job.interleaved) {
+    if (interleaved) {
         for (size_t i = 0; i < pairs; ++i) {
             const float a = channel(2 * i), b = channel(2 * i + 1);
-            out[2 * i] = convert(a * job.cos[i] - b * job.sin[i]);
-            out[2 * i + 1] = convert(b * job.cos[i] + a * job.sin[i]);
+            out[2 * i] = convert(a * cos[i] - b * sin[i]);
+            out[2 * i + 1] = convert(b * cos[i] + a * sin[i]);
         }
     } else {
         for (size_t begin = 0; begin < pairs; begin += kPart) {
@@ -180,18 +167,47 @@ void finish_row(const RowsJob& job) {
             for (size_t k = 0; k < count; ++k) {
                 const size_t i = begin + k;
                 const float a = channel(i), b = channel(i + pairs);
-                first[k] = convert(a * job.cos[i] - b * job.sin[i]);
-                second[k] = convert(b * job.cos[i] + a * job.sin[i]);
+                first[k] = convert(a * cos[i] - b * sin[i]);
+                second[k] = convert(b * cos[i] + a * sin[i]);
             }
             std::memcpy(out + begin, first, count * sizeof(Bits));
             std::memcpy(out + pairs + begin, second, count * sizeof(Bits));
         }
     }
-    for (size_t begin = 2 * pairs; begin < job.size; begin += kPart) {
+    for (size_t begin = 2 * pairs; begin < size; begin += kPart) {
         Bits part[kPart];
-        const size_t count = std::min(kPart, job.size - begin);
+        const size_t count = std::min(kPart, size - begin);
         for (size_t k = 0; k < count; ++k) part[k] = convert(channel(begin + k));
         std::memcpy(out + begin, part, count * sizeof(Bits));
+    }
+}
+
+template <KVType kType>
+void finish_row(const RowsJob& job) {
+    const auto channel = [&](size_t i) { return (job.values[i] + job.mean[i]) * job.factor; };
+    finish_channels<kType>(channel, job.size, job.cos, job.sin, job.cos ? job.half : 0,
+                           job.interleaved,
+                           static_cast<typename KVTraits<kType>::Bits*>(job.row));
+}
+
+template <KVType kType>
+void turn_means(const MeansJob& job) {
+    const auto channel = [&](size_t i) { return job.mean[i]; };
+    for (uint32_t lanes = job.lanes; lanes; lanes &= lanes - 1) {
+        const auto lane = static_cast<unsigned>(std::countr_zero(lanes));
+        const float* const cos = job.angles + 2 * job.half * lane;
+        finish_channels<kType>(
+            channel, job.size, cos, cos + job.half, job.half, job.interleaved,
+            reinterpret_cast<typename KVTraits<kType>::Bits*>(job.rows[lane]));
+    }
+}
+
+[[maybe_unused]] void find_values(const int16_t* values, size_t rows, uint32_t* found) {
+    for (size_t row = 0; row < rows; ++row, values += kLanes) {
+        uint32_t lanes = 0;
+        for (unsigned lane = 0; lane < kLanes; ++lane)
+            lanes |= static_cast<uint32_t>(values[lane] != 0) << lane;
+        found[row] = lanes;
     }
 }
 

@@ -10,6 +10,8 @@ namespace cachegen {
 namespace {
 
 constexpr int kLowestRow = -24, kRowsPerPass = 6;
+// A pass with fewer bytes than one for so many values counts as sparse.
+constexpr uint64_t kValuesPerByte = 128;
 
 // Table row of a class in the pass whose step is 3^below (FORMAT.md, "Tables").
 unsigned table_row(unsigned scale_class, unsigned below) {
@@ -37,10 +39,15 @@ PreparedGroup::PreparedGroup(const FusedDecode& work, const FusedGroup& source,
     find_boundaries();
     if (group.coefficients) return;
     store_exempt(work);
-    if (is_sparse() && work.type != KVType::Float32)
-        fill_mean_bits(work);
-    else
-        fill_lookup(work, kernel);
+    if (!is_sparse()) fill_lookup(work, kernel);
+}
+
+bool PreparedGroup::is_sparse() const {
+    if (group.coefficients || group.passes.size() != 1) return false;
+    const PassBody& pass = group.passes[0];
+    if (pass.kind == PassKind::Sparse) return true;
+    // Symbols that take so few bits cannot be many.
+    return pass.kind == PassKind::Rans && pass.bytes.size() * kValuesPerByte < shape.tokens * shape.channels;
 }
 
 UnitJob PreparedGroup::job_of(const Unit& unit) const {
@@ -52,7 +59,6 @@ UnitJob PreparedGroup::job_of(const Unit& unit) const {
     job.late_offset = late_offset.data() + unit.begin;
     job.mean = mean.data() + unit.begin;
     if (lookup) job.lookup = lookup.get() + unit.lookup;
-    if (!mean_bits.empty() && unit.has_bits) job.mean_bits = mean_bits.data() + unit.begin;
     return job;
 }
 
@@ -139,18 +145,6 @@ void PreparedGroup::fill_constants(const FusedDecode& work) {
     if (!group.side.exempt.empty()) is_exempt.resize(group.tokens);
     for (size_t i = 0; i < group.side.exempt_count(); ++i)
         is_exempt[group.side.exempt_token(i)] = true;
-}
-
-// Where RoPE turns values nothing is known before.
-void PreparedGroup::fill_mean_bits(const FusedDecode& work) {
-    mean_bits.resize(group.channels);
-    for (Unit& unit : units) {
-        unit.has_bits = !turns(work, group.planes[unit.plane]);
-        if (!unit.has_bits) continue;
-        const std::span values = std::span(mean).subspan(unit.begin, unit.size);
-        convert_row(KVType::Float32, std::as_bytes(values).data(), work.type,
-                    reinterpret_cast<std::byte*>(&mean_bits[unit.begin]), unit.size);
-    }
 }
 
 // A row of a lookup costs as much as a row of values, and serves every place.

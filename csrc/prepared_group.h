@@ -21,7 +21,6 @@ struct Unit {
     uint32_t begin, size;
     uint32_t plane, head;
     size_t lookup;  // where its rows begin in PreparedGroup::lookup
-    bool has_bits = false;  // in PreparedGroup::mean_bits
 };
 
 struct alignas(64) CacheLine {
@@ -37,7 +36,6 @@ struct PreparedGroup {
     std::vector<uint8_t> escapes;                    // of pass 0, one per channel
     std::vector<float> early_offset, late_offset, mean;
     std::unique_ptr<CacheLine[]> lookup;  // UnitJob::lookup of all units, or null
-    std::vector<uint16_t> mean_bits;      // UnitJob::mean_bits of all units, or empty
     std::vector<bool> is_exempt;  // by token, or empty
     std::vector<Unit> units;
     std::vector<uint32_t> unit_of;     // by channel
@@ -46,10 +44,8 @@ struct PreparedGroup {
     // Exempt tokens are stored at once. Throws Error.
     PreparedGroup(const FusedDecode& work, const FusedGroup& source, const Kernels& kernel);
 
-    // Whether nearly all values are 0.
-    bool is_sparse() const {
-        return group.passes.size() == 1 && group.passes[0].kind == PassKind::Sparse;
-    }
+    // Whether nearly all values are 0: heads are finished by MeanRows.
+    bool is_sparse() const;
 
     // A job for a unit, but for what depends on the place.
     UnitJob job_of(const Unit& unit) const;
@@ -59,7 +55,6 @@ private:
     void find_units();
     void fill_constants(const FusedDecode& work);
     void fill_lookup(const FusedDecode& work, const Kernels& kernel);
-    void fill_mean_bits(const FusedDecode& work);
     void find_streams();
     void find_boundaries();
     void store_exempt(const FusedDecode& work) const;

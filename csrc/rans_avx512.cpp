@@ -11,6 +11,7 @@
 #include "encode_avx512.h"
 #include "ladder_avx2.h"
 #include "ladder_avx512.h"
+#include "mean_rows_avx512.h"
 #include "encode_rows.h"
 #include "quantize_avx512.h"
 #include "quantize_rows.h"
@@ -278,6 +279,9 @@ constinit const Kernels kAvx512Kernels = {
                     finish_unit_avx512<KVType::Float32>},
     .fill_lookup = {fill_lookup<KVType::Float16>, fill_lookup<KVType::BFloat16>,
                     fill_lookup<KVType::Float32>},
+    .turn_means = {turn_means_avx512<KVType::Float16>, turn_means_avx512<KVType::BFloat16>,
+                   turn_means<KVType::Float32>},
+    .find_values = find_values_avx512,
     .scale_rows = scale_rows,
     .finish_row = {finish_row<KVType::Float16>, finish_row<KVType::BFloat16>,
                    finish_row<KVType::Float32>},

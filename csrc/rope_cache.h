@@ -22,9 +22,15 @@ public:
     // Makes the table of a target, if it is small enough to be kept. Not to be called by threads.
     void prepare(const PlaneTarget& target, const Shape& shape);
 
-    // cos of a place, with sin behind it; made in `scratch` if the table is not kept.
+    // cos of a place, rows of lanes, with sin behind it, and both once more as `by_token` says; made
+    // in `scratch` if the table is not kept.
     const float* angles(const PlaneTarget& target, const Shape& shape, uint64_t place,
                         std::vector<float>& scratch) const;
+
+    // In what `angles` returned: for each lane `half` cos and then as many sin.
+    static const float* by_token(const float* angles, size_t half) {
+        return angles ? angles + 2 * half * kLanes : nullptr;
+    }
 
     const RopeKind& kind(int index) const { return kinds_[static_cast<size_t>(index)]; }
 

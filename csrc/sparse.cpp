@@ -12,6 +12,7 @@ namespace {
 
 constexpr size_t kHeader = 5;  // count (u32), low bits of a gap (u8)
 constexpr unsigned kMostLowBits = 40;
+constexpr unsigned kMostLength = 7;  // bits of a magnitude behind its first
 
 [[noreturn]] void refuse(const char* what, uint64_t got, std::string expected) {
     throw Error(ErrorKind::Corrupt, std::string("sparse segment, ") + what, std::to_string(got),
@@ -45,6 +46,37 @@ public:
         return value;
     }
 
+    struct Symbol {
+        uint64_t gap_high, gap_low, is_positive, length, magnitude;
+    };
+
+    // A whole symbol. Nearly all fit one window, which is read once then.
+    Symbol symbol(unsigned low_bits) {
+        const uint64_t window = ahead();
+        if (at_ / 8 + sizeof window <= bytes_.size() && window) [[likely]] {
+            const auto high = static_cast<unsigned>(std::countr_zero(window));
+            const unsigned fixed = high + 1 + low_bits;
+            if (fixed + kMostSymbolBits <= kWindow) [[likely]] {
+                const uint64_t low = (window >> (high + 1)) & ((uint64_t{1} << low_bits) - 1);
+                const uint64_t rest = window >> fixed;
+                const auto length = static_cast<unsigned>(std::countr_zero(rest >> 1 | 256));
+                const uint64_t magnitude =
+                    uint64_t{1} << length | ((rest >> (length + 2)) & ((1u << length) - 1));
+                at_ += fixed + 2 + 2 * length;
+                return {high, low, rest & 1, length, magnitude};
+            }
+        }
+        Symbol one{};
+        one.gap_high = unary();
+        one.gap_low = bits(low_bits);
+        one.is_positive = bits(1);
+        one.length = unary();
+        // What is longer is refused.
+        if (one.length <= kMostLength)
+            one.magnitude = uint64_t{1} << one.length | bits(static_cast<unsigned>(one.length));
+        return one;
+    }
+
     void finish() const {
         if (at_ > 8 * bytes_.size()) refuse("bits", 8 * bytes_.size(), "more");
         if (bytes_.size() != ceil_div(at_, 8)) refuse("bytes", bytes_.size(), "none left over");
@@ -53,6 +85,7 @@ public:
 
 private:
     static constexpr unsigned kWindow = 56;  // so many bits of a window count
+    static constexpr unsigned kMostSymbolBits = 18;  // a sign, 8 for a length, 7 and some
 
     uint64_t ahead() const {
         uint64_t window = 0;
@@ -103,21 +136,23 @@ std::vector<SparseSymbol> parse_sparse(std::span<const uint8_t> body, const Shap
     result.reserve(count);
     const uint64_t end = shape.steps() * kLanes;
     uint64_t place = 0;  // step * kLanes + lane of the next one
+    uint64_t token_place = 0, token_place_end = shape.channels;  // of steps
+    unsigned lanes = shape.steps() ? shape.active_lanes(0) : 0;
     for (uint32_t i = 0; i < count; ++i, ++place) {
-        const uint64_t high = reader.unary();
-        if (high > end >> low_bits) refuse("gap", high, "one within the matrix");
-        place += high << low_bits | reader.bits(low_bits);
-        const uint64_t is_positive = reader.bits(1);
-        const uint64_t length = reader.unary();
-        if (length > 7) refuse("bits of a magnitude", length, "0 to 7");
-        const uint64_t magnitude =
-            uint64_t{1} << length | reader.bits(static_cast<unsigned>(length));
-        const uint64_t symbol = 2 * magnitude - 1 + is_positive;
+        const auto one = reader.symbol(low_bits);
+        if (one.gap_high > end >> low_bits) refuse("gap", one.gap_high, "one within the matrix");
+        place += one.gap_high << low_bits | one.gap_low;
+        if (one.length > kMostLength) refuse("bits of a magnitude", one.length, "0 to 7");
+        const uint64_t symbol = 2 * one.magnitude - 1 + one.is_positive;
         if (symbol > largest) refuse("symbol", symbol, "0 to " + std::to_string(largest));
         const uint64_t step = place / kLanes;
         const auto lane = static_cast<uint8_t>(place % kLanes);
-        if (step >= shape.steps() || lane >= shape.active_lanes(step / shape.channels))
-            refuse("place", place, "a token's");
+        if (step >= shape.steps()) refuse("place", place, "a token's");
+        while (step >= token_place_end) {
+            lanes = shape.active_lanes(++token_place);
+            token_place_end += shape.channels;
+        }
+        if (lane >= lanes) refuse("place", place, "a token's");
         result.push_back({step, lane, static_cast<uint8_t>(symbol)});
     }
     reader.finish();

@@ -143,7 +143,7 @@ void Strand::begin_unit() {
     }
     unit_ = group_->units[unit_index_];
     done_ = 0;
-    is_blank_ = group_->is_sparse();
+    few_.clear();
     const ComponentTarget* const to = group_->group.coefficients;
     if (to && to->values) {
         first_row_ = to->values + (place_ * group_->shape.channels + unit_.begin) * kLanes;
@@ -202,14 +202,38 @@ void Strand::read_plain(unsigned j, size_t steps) {
 }
 
 void Strand::read_sparse(size_t steps) {
-    std::memset(values(), 0, steps * kLanes * sizeof *values());
+    const bool apart = group_->is_sparse();
+    if (!apart) std::memset(values(), 0, steps * kLanes * sizeof *values());
     const auto& sparse = group_->sparse;
     for (; next_sparse_ < sparse.size() && sparse[next_sparse_].step < step_ + steps;
          ++next_sparse_) {
         const SparseSymbol& one = sparse[next_sparse_];
-        values()[(one.step - step_) * kLanes + one.lane] = value_of_symbol(one.symbol);
-        is_blank_ = false;
+        const auto step = static_cast<uint32_t>(one.step - step_);
+        const int16_t value = value_of_symbol(one.symbol);
+        if (apart)
+            few_.push_back({done_ + step, one.lane, value});
+        else
+            values()[step * kLanes + one.lane] = value;
     }
+}
+
+// Whether the values of a unit are so few that a list of them says it all.
+bool Strand::list_values() {
+    if (group_->group.passes[0].kind == PassKind::Sparse) return true;
+    const uint32_t active = ~uint32_t{0} >> (kLanes - lanes_);
+    for (uint32_t begin = 0; begin < unit_.size; begin += kBlockSteps) {
+        const auto size = std::min<uint32_t>(kBlockSteps, unit_.size - begin);
+        uint32_t found[kBlockSteps];
+        kernel_.find_values(row(begin), size, found);
+        for (uint32_t i = 0; i < size; ++i) {
+            for (uint32_t lanes = found[i] & active; lanes; lanes &= lanes - 1) {
+                const auto lane = static_cast<uint8_t>(std::countr_zero(lanes));
+                few_.push_back({begin + i, lane, row(begin + i)[lane]});
+            }
+        }
+        if (few_.size() > kMostFew) return false;
+    }
+    return true;
 }
 
 void Strand::finish_coefficients() {
@@ -238,11 +262,11 @@ void Strand::finish() {
             rows_[lane] ? rows_[lane] + unit_.head * plane.head_stride : nullptr;
     UnitJob job = group_->job_of(unit_);
     job.values = row(0);
-    job.is_blank = is_blank_;
-    job.is_sparse = group_->is_sparse();
     if (turns(work_, plane)) add_rope(plane, job);
     job.rows = rows.data();
     job.scratch = scratch_.reserve(unit_.size, work_.type);
+    if (group_->is_sparse() && list_values())
+        return finish_means(kernel_, work_.type, job, few_, RopeCache::by_token(angles_, job.half));
     kernel_.finish_unit[static_cast<size_t>(work_.type)](job);
 }
 

@@ -11,6 +11,7 @@
 #include "block.h"
 #include "dispatch.h"
 #include "fused_decode.h"
+#include "mean_rows.h"
 #include "prepared_group.h"
 #include "rope_cache.h"
 #include "stream_reader.h"
@@ -71,6 +72,9 @@ public:
     void end_block(size_t steps);
 
 private:
+    // With more values than these in a unit the way of all others is the shorter one.
+    static constexpr size_t kMostFew = 256;
+
     uint64_t channel() const { return unit_.begin + done_; }
     int16_t* values() { return row(done_); }
     int16_t* row(uint32_t step) { return first_row_ + step * kLanes; }
@@ -80,6 +84,7 @@ private:
     void add_escapes(size_t steps);
     void read_plain(unsigned j, size_t steps);
     void read_sparse(size_t steps);
+    bool list_values();
     void finish();
     void finish_coefficients();
     void find_rows(const PlaneTarget& plane);
@@ -96,7 +101,7 @@ private:
     size_t unit_index_ = 0;
     Unit unit_{};
     uint32_t done_ = 0;  // steps of the unit decoded so far
-    bool is_blank_ = false;  // all values of the unit are 0 so far
+    std::vector<FewValue> few_;  // of the unit, where the group is sparse
     size_t next_sparse_ = 0;  // of PreparedGroup::sparse
     uint32_t room_ = 0;  // largest unit so far
     std::unique_ptr<CacheLine[]> values_;  // a row of kLanes values each

@@ -16,7 +16,7 @@ from cachegen.codec import fused_profile, reference
 from cachegen.codec.base import Codec, empty_chunk
 from cachegen.codec.basis import load_basis
 from cachegen.codec.cachegen import CacheGenCodec
-from cachegen.codec.container import BYTES, PACKED, SIDE, SPARSE, read_header
+from cachegen.codec.container import BYTES, PACKED, RANS, SIDE, SPARSE, read_header
 from cachegen.codec.fit import fit_basis
 from cachegen.codec.header import plane_groups
 from cachegen.codec.int8 import Int8Codec
@@ -276,21 +276,61 @@ def test_a_sparse_first_pass_equals_the_numpy_twin(isa: str, dim: int) -> None:
         np.testing.assert_array_equal(read.to_array(), plain.to_array())
 
 
+@pytest.mark.parametrize(
+    ("dim", "rotated", "interleaved", "dtype"),
+    [
+        (128, 64, False, KVDtype.BFLOAT16),
+        (64, 32, False, KVDtype.FLOAT16),
+        (64, 32, True, KVDtype.BFLOAT16),
+        (80, 24, False, KVDtype.BFLOAT16),
+        (48, 0, False, KVDtype.FLOAT16),
+        (64, 32, False, KVDtype.FLOAT32),
+    ],
+)
+@pytest.mark.parametrize("kind", [SPARSE, RANS])
+def test_rows_of_means_equal_the_numpy_twin(
+    isa: str, kind: int, dim: int, rotated: int, interleaved: bool, dtype: KVDtype
+) -> None:
+    rng = np.random.default_rng(7)
+    kv = rng.normal(size=(2, 2, 400, 4, dim)) + rng.normal(0, 2, (2, 2, 1, 4, dim))
+    if kind == SPARSE:
+        kv[rng.random(kv.shape) < 0.0004] *= 30
+        kv[:, :, 5, 1, [3, 3 + dim // 2]] = 40  # two of a pair, and of a token
+    else:
+        kv[..., 1, 3 : 3 + dim // 16] *= 12  # few bits, as few channels have them all
+    kinds = (0, 0) if rotated else (-1, -1)
+    frequencies = tuple(float(10_000 ** (-i / max(rotated, 1))) for i in range(rotated))
+    rope = RopeSpec((frequencies,), (1.0,), kinds, interleaved)
+    chunk = KVChunk.from_array(kv.astype(dtype.numpy), rope=rope)
+    codec = ProgressiveCodec(passes=4, step=0.3, sink_tokens=2)
+    data = codec.encode(chunk)
+    header = read_header(data)
+    coded = [s for s in header.segments if s.pass_index == 0 and s.kind != SIDE]
+    few = 400 * 4 * dim // 128 if dim % 64 == 0 else 1 << 20  # so that rANS counts as sparse
+    assert any(s.kind == kind and s.length < few for s in coded)
+    part = data[: max(s.end for s in coded)]
+    read = decode(part, allow_partial=True)
+    assert_close(read, by_numpy(part))
+    native.select_isa("scalar")
+    plain = decode(part, allow_partial=True)
+    native.select_isa(isa)
+    np.testing.assert_array_equal(read.to_array(), plain.to_array())
+
+
 def test_a_damaged_sparse_pass_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     good = ProgressiveCodec(passes=4, step=0.3).encode(few_wide_values(1, 64))
     header = read_header(good)
     reader, target = ObjectReader(good), Target(header, empty_chunk(header))
-    segment, body = reader.segment(0, 0)
-    original = reader.segment
+    _, body = reader.segment(0, 0)
+    original = reader.coded
     refused = 0
     for wrong in (body[:3], body[:-1], bytes(body) + b"\1", b"\xff" * 4 + bytes(body[4:])):
 
-        def replaced(group: int, index: int, wrong: bytes = wrong) -> tuple[object, memoryview]:
-            if (group, index) == (0, 0):
-                return segment, memoryview(wrong)
-            return original(group, index)
+        def replaced(group: int, wrong: bytes = wrong) -> list[tuple[int, int, memoryview]]:
+            (kind, bits, first), *others = original(group)
+            return [(kind, bits, first if group else memoryview(wrong)), *others]
 
-        monkeypatch.setattr(reader, "segment", replaced)
+        monkeypatch.setattr(reader, "coded", replaced)
         with pytest.raises(CorruptError, match="sparse segment"):
             ProgressiveCodec.decode_into(reader, target, profile=None)
         refused += 1
@@ -315,17 +355,16 @@ def test_an_error_in_a_thread_reaches_the_caller(monkeypatch: pytest.MonkeyPatch
     header = read_header(good)
     target = Target(header, empty_chunk(header))
     reader = ObjectReader(good)
-    segment, body = reader.segment(4, 1)
+    _, body = reader.segment(4, 1)
     damaged = bytearray(body)
     damaged[-5] ^= 1
 
-    def replaced(group: int, index: int) -> tuple[object, memoryview]:
-        return (
-            (segment, memoryview(damaged)) if (group, index) == (4, 1) else original(group, index)
-        )
+    def replaced(group: int) -> list[tuple[int, int, memoryview]]:
+        first, (kind, bits, second) = original(group)
+        return [first, (kind, bits, memoryview(damaged) if group == 4 else second)]
 
-    original = reader.segment
-    monkeypatch.setattr(reader, "segment", replaced)
+    original = reader.coded
+    monkeypatch.setattr(reader, "coded", replaced)
     for count in (1, 3):
         monkeypatch.setattr(native.fused, "threads", lambda count=count: count)
         with pytest.raises(CorruptError, match="rANS stream"):

@@ -19,7 +19,7 @@ from cachegen.codec.base import empty_chunk
 from cachegen.codec.basis import load_basis
 from cachegen.codec.container import read_header
 from cachegen.codec.fit import fit_basis
-from cachegen.codec.header import Group, Segment, plane_groups
+from cachegen.codec.header import Group, plane_groups
 from cachegen.codec.metric import Metric
 from cachegen.codec.progressive import ProgressiveCodec, unpack_params
 from cachegen.codec.reader import ObjectReader
@@ -252,13 +252,12 @@ def test_damage_is_refused(product: str) -> None:
     with pytest.raises(ChecksumError):
         decode(bytes(damaged), profile=profile)
     reader = ObjectReader(data)
-    whole = reader.segment
+    whole = reader.coded
 
-    def cut(group: int, index: int) -> tuple[Segment, memoryview]:
-        segment, body = whole(group, index)
-        return segment, body[:-2]
+    def cut(group: int) -> list[tuple[int, int, memoryview]]:
+        return [(kind, bits, body[:-2]) for kind, bits, body in whole(group)]
 
-    reader.segment = cut  # type: ignore[method-assign]
+    reader.coded = cut  # type: ignore[method-assign]
     with pytest.raises((CorruptError, TruncatedError)):
         ProgressiveCodec.decode_into(reader, Target(header, empty_chunk(header)), profile=profile)
 

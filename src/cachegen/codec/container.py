@@ -14,8 +14,8 @@ from cachegen.codec.header import (
     ALIGNMENT,
     Group,
     Header,
-    Segment,
     SegmentBody,
+    SegmentTable,
     padded,
     plane_groups,
 )
@@ -308,9 +308,7 @@ def _parse_groups(block: bytes, layers: int) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def _parse_segments(
-    entries: np.ndarray, offset: int, n_groups: int, passes: int
-) -> tuple[Segment, ...]:
+def _parse_segments(entries: np.ndarray, offset: int, n_groups: int, passes: int) -> SegmentTable:
     """Check the order of the table (FORMAT.md, "Segment table") and derive the offsets."""
     group, index = entries["group"].astype(np.int64), entries["pass"].astype(np.int64)
     kind, bits = entries["kind"] & 15, entries["kind"] >> 4
@@ -348,5 +346,5 @@ def _parse_segments(
         raise CorruptError("segments", got="a group without all its passes", expected=passes)
     padded_length = (length + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     offsets = offset + np.cumsum(padded_length) - padded_length
-    columns = (group, index, kind, offsets, length, entries["checksum"], distortion, bits)
-    return tuple(map(Segment._make, zip(*(column.tolist() for column in columns), strict=True)))
+    checksum = entries["checksum"]
+    return SegmentTable(group, index, kind, offsets, length, checksum, distortion, bits)

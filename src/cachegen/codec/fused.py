@@ -23,7 +23,9 @@ from cachegen.native import fused
 
 Floats = NDArray[np.float32]
 
-_KINDS = {RANS: fused.RANS, BYTES: fused.BYTES, PACKED: fused.PACKED, SPARSE: fused.SPARSE}
+# As the extension numbers them: kinds of pass 0 and of the passes behind it.
+_FIRST_KINDS = {RANS: fused.RANS, BYTES: fused.BYTES, SPARSE: fused.SPARSE}
+_LATER_KINDS = {RANS: fused.RANS, PACKED: fused.PACKED}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -45,22 +47,21 @@ def constants(
 
 def channels_of(header: Header, group: Group) -> int:
     """Return the number of channels of a group."""
-    heads, geometry = header.geometry.kv_heads, header.geometry
-    return sum(heads * geometry.plane_dim(is_value=side) for _, side in planes_of_group(group))
+    geometry = header.geometry
+    keys, values = group.planes & 1, group.planes >> 1
+    each = keys * geometry.key_dim + values * geometry.value_dim
+    return group.layers * geometry.kv_heads * each
 
 
 def bodies(reader: ObjectReader, group: int) -> list[tuple[int, memoryview]]:
     """Return the verified bodies of the passes at hand. Raises: CorruptError, ChecksumError."""
     result = []
-    for index in range(reader.passes_of(group)):
-        segment, body = reader.segment(group, index)
-        allowed = (RANS, PACKED) if index else (RANS, BYTES, SPARSE)
-        if segment.kind not in allowed or (
-            segment.kind == PACKED and segment.bits != passes.DIGIT_BITS
-        ):
+    for index, (kind, bits, body) in enumerate(reader.coded(group)):
+        allowed = _LATER_KINDS if index else _FIRST_KINDS
+        if kind not in allowed or (kind == PACKED and bits != passes.DIGIT_BITS):
             expected = f"rANS or {'2 bits' if index else 'bytes or sparse'}"
-            raise CorruptError(f"kind of pass {index}", got=segment.kind, expected=expected)
-        result.append((_KINDS[segment.kind], body))
+            raise CorruptError(f"kind of pass {index}", got=kind, expected=expected)
+        result.append((allowed[kind], body))
     return result
 
 
@@ -99,9 +100,13 @@ def decode_plain(reader: ObjectReader, target: Target, *, step: float, value_wei
 
 def plane_targets(header: Header, group: Group, target: Target) -> Sequence[native.PlaneTarget]:
     """Return where the planes of a group go, in channel order."""
-    result = []
-    for layer, is_value in planes_of_group(group):
-        rope = -1 if header.rope is None or is_value else header.rope.layer_kinds[layer]
-        position = header.first_position + header.ranges[layer][0]
-        result.append(target.plane(layer, is_value=is_value, rope=rope, first_position=position))
-    return result
+    kinds = header.rope.layer_kinds if header.rope is not None else None
+    return [
+        target.plane(
+            layer,
+            is_value=is_value,
+            rope=-1 if kinds is None or is_value else kinds[layer],
+            first_position=header.first_position + header.ranges[layer][0],
+        )
+        for layer, is_value in planes_of_group(group)
+    ]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cachegen.types import ChunkKey, Geometry, RopeSpec
 
@@ -55,6 +59,83 @@ class Segment(NamedTuple):
         return self.offset + padded(self.length)
 
 
+class SegmentTable(Sequence[Segment]):
+    """The entries of a segment table, made when they are asked for.
+
+    group, pass_index, kind, offset, length, checksum, distortion, bits: a column each, integers but
+    for distortion; offsets ascend.
+    """
+
+    def __init__(
+        self,
+        group: NDArray[np.int64],
+        pass_index: NDArray[np.int64],
+        kind: NDArray[Any],
+        offset: NDArray[np.int64],
+        length: NDArray[np.int64],
+        checksum: NDArray[np.uint64],
+        distortion: NDArray[np.float32],
+        bits: NDArray[Any],
+    ) -> None:
+        self.group = group
+        self.pass_index = pass_index
+        self.kind = kind
+        self.offset = offset
+        self.length = length
+        self.checksum = checksum
+        self.distortion = distortion
+        self.bits = bits
+
+    @functools.cached_property
+    def entries(self) -> tuple[Segment, ...]:
+        """All entries."""
+        columns: tuple[NDArray[Any], ...] = (
+            self.group,
+            self.pass_index,
+            self.kind,
+            self.offset,
+            self.length,
+            self.checksum,
+            self.distortion,
+            self.bits,
+        )
+        return tuple(map(Segment._make, zip(*(column.tolist() for column in columns), strict=True)))
+
+    @classmethod
+    def empty(cls) -> SegmentTable:
+        """Return a table without entries."""
+        none = np.zeros(0, np.int64)
+        return cls(
+            none, none, none, none, none, none.astype(np.uint64), none.astype(np.float32), none
+        )
+
+    @property
+    def end(self) -> int:
+        """Offset of the first byte after the last segment and its padding."""
+        return int(self.offset[-1]) + padded(int(self.length[-1]))
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    @overload
+    def __getitem__(self, index: int) -> Segment: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Segment, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Segment | tuple[Segment, ...]:
+        return self.entries[index]
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(self.entries)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SegmentTable) and self.entries == other.entries
+
+    def __hash__(self) -> int:
+        return hash(self.entries)
+
+
 @dataclass(frozen=True)
 class Header:
     """Everything that precedes the payload.
@@ -73,13 +154,13 @@ class Header:
     key: ChunkKey | None
     groups: tuple[Group, ...]
     ranges: tuple[tuple[int, int], ...]
-    segments: tuple[Segment, ...]
+    segments: SegmentTable
     header_bytes: int
 
     @property
     def object_bytes(self) -> int:
         """Length of the whole object."""
-        return self.segments[-1].end
+        return self.segments.end
 
     @property
     def value_count(self) -> int:

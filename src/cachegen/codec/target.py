@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cachegen.chunk import KVChunk, aligned_empty, as_numpy
 from cachegen.codec.header import Header
 from cachegen.errors import DtypeError, GeometryError
-from cachegen.native.fused import PlaneTarget, token_offsets
+from cachegen.native.fused import PlaneTarget, data_address, token_offsets
 from cachegen.types import Array, KVDtype
 
 Pairs = Sequence[tuple[object, object]]
@@ -78,16 +78,16 @@ class Target:
     ) -> PlaneTarget:
         """Return where a plane goes. rope, first_position: as in ``PlaneTarget``."""
         array = self._pairs[layer][is_value]
-        begin, end = self._header.ranges[layer]
-        key = (begin, end, array.strides[:-2], array.shape[:-2])
-        if key not in self._offsets:
+        strides, shape = array.strides, array.shape
+        key = self._header.ranges[layer], strides, shape
+        offsets = self._offsets.get(key)
+        if offsets is None:
+            begin, end = self._header.ranges[layer]
             slots = None if self._slots is None else self._slots[begin:end]
-            self._offsets[key] = token_offsets(end - begin, array, slots)
-        heads, dim = array.shape[-2:]
-        address = array.__array_interface__["data"][0]
-        offsets = self._offsets[key]
+            offsets = self._offsets[key] = token_offsets(end - begin, array, slots)
+        address = data_address(array)
         return PlaneTarget(
-            address, offsets, array.strides[-2], heads, dim, rope, first_position, is_value
+            address, offsets, strides[-2], shape[-2], shape[-1], rope, first_position, is_value
         )
 
     def store_tokens(

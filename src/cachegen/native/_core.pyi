@@ -95,6 +95,7 @@ def decode_groups(
     groups: Sequence[tuple[Any, ...]],
     threads: int,
 ) -> None: ...
+def data_address(array: NDArray[Any]) -> int: ...
 def finish_plane(
     type: str,
     target: tuple[Any, ...],

@@ -117,6 +117,12 @@ def rope_kinds(rope: RopeSpec | None) -> list[tuple[NDArray[np.float32], float, 
     ]
 
 
+def data_address(array: Array) -> int:
+    """Return where the first element of an array lies in memory."""
+    address: int = _core.data_address(array)
+    return address
+
+
 def finish_plane(
     target: PlaneTarget,
     values: NDArray[np.float32],

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cachegen.native import _core
 from cachegen.native._checks import Array, Symbols
 from cachegen.native._tables import Tables
+from cachegen.native.fused import data_address
 from cachegen.native.threads import threads
 from cachegen.types import KVDtype
 
@@ -127,7 +128,7 @@ def plane_source(
     interleaved: bool,
 ) -> PlaneSource:
     """Describe a plane (T, H, D) whose head dimension lies side by side."""
-    address = plane.__array_interface__["data"][0]
+    address = data_address(plane)
     token_stride, head_stride, _ = plane.strides
     _, heads, dim = plane.shape
     return PlaneSource(

@@ -19,7 +19,7 @@ from cachegen.codec.gpu.encode_rows import CacheGenEncoding, Int8Encoding
 from cachegen.codec.gpu.encode_tables import encode_tables
 from cachegen.codec.gpu.prepared import Mapping, stream_handle
 from cachegen.codec.gpu.target import Target
-from cachegen.codec.header import Header, plane_groups
+from cachegen.codec.header import Header, SegmentTable, plane_groups
 from cachegen.codec.int8 import Int8Codec
 from cachegen.codec.progressive import ProgressiveCodec
 from cachegen.errors import CacheGenError, DtypeError, GeometryError
@@ -174,7 +174,7 @@ class EncodeJob:
             key=None,
             groups=plane_groups(geometry.layers),
             ranges=tuple((begin, tokens) for begin in begins),
-            segments=(),
+            segments=SegmentTable.empty(),
             header_bytes=0,
         )
         return Feed(shadow, header, target, mapping.addresses(self._batch.job)[0])
