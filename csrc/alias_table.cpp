@@ -1,9 +1,11 @@
 #include "alias_table.h"
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 #include <string>
 
+#include "dispatch.h"
 #include "error.h"
 #include "float_bits.h"
 
@@ -118,15 +120,11 @@ void build_all(std::span<const uint16_t> freqs, size_t alphabet, AliasTable* tab
     }
 }
 
-float reciprocal_of(uint16_t freq) {
-    static const std::vector<float> all = [] {
-        std::vector<float> table(kTotal + 1);
-        for (unsigned f = 1; f <= kTotal; ++f)
-            table[f] = static_cast<float>(kReciprocalFactor / f);
-        return table;
-    }();
-    return all[freq];
-}
+constexpr auto kReciprocals = [] {
+    std::array<float, kTotal + 1> table{};
+    for (unsigned f = 1; f <= kTotal; ++f) table[f] = static_cast<float>(kReciprocalFactor / f);
+    return table;
+}();
 
 void build_inverse(const AliasTable& alias, unsigned buckets, InverseTable& inverse) {
     const unsigned width = kTotal / buckets;
@@ -134,7 +132,7 @@ void build_inverse(const AliasTable& alias, unsigned buckets, InverseTable& inve
     std::fill(std::begin(inverse.reciprocal), std::end(inverse.reciprocal), 0.0f);
     for (unsigned b = 0; b < buckets; ++b) {
         inverse.freq[b] = alias.freq[b];
-        inverse.reciprocal[b] = reciprocal_of(alias.freq[b]);
+        inverse.reciprocal[b] = kReciprocals[alias.freq[b]];
     }
     std::exclusive_scan(std::begin(inverse.freq), std::end(inverse.freq), std::begin(inverse.first),
                         uint16_t{0});
@@ -181,10 +179,27 @@ void check_models(std::span<const uint16_t> freqs, size_t alphabet) {
 
 void build_alias_tables(std::span<const uint16_t> freqs, size_t alphabet, unsigned buckets,
                         AliasTable* tables) {
+    const auto quick = kernels().build_alias;
+    if (quick && buckets != kContextBuckets)
+        return quick(freqs.data(), alphabet, freqs.size() / alphabet, buckets, tables);
     switch (buckets) {
         case kContextBuckets: return build_all<kContextBuckets>(freqs, alphabet, tables);
         case 16: return build_all<16>(freqs, alphabet, tables);
         default: return build_all<32>(freqs, alphabet, tables);
+    }
+}
+
+void build_inverse_tables(std::span<const uint16_t> freqs, size_t alphabet, unsigned buckets,
+                          InverseTable* tables) {
+    const auto quick = kernels().build_inverse;
+    if (quick && buckets != kContextBuckets)
+        return quick(freqs.data(), alphabet, freqs.size() / alphabet, buckets, kReciprocals.data(),
+                     tables);
+    switch (buckets) {
+        case kContextBuckets:
+            return build_inverses<kContextBuckets>(freqs, alphabet, tables);
+        case 16: return build_inverses<16>(freqs, alphabet, tables);
+        default: return build_inverses<32>(freqs, alphabet, tables);
     }
 }
 
@@ -216,13 +231,7 @@ const InverseTable* Tables::inverse(unsigned buckets) const {
     Built& all = built(buckets);
     std::call_once(all.inverse_once, [&] {
         std::vector<InverseTable> inverses(count());
-        switch (buckets) {
-            case kContextBuckets:
-                build_inverses<kContextBuckets>(freqs_, alphabet_, inverses.data());
-                break;
-            case 16: build_inverses<16>(freqs_, alphabet_, inverses.data()); break;
-            default: build_inverses<32>(freqs_, alphabet_, inverses.data());
-        }
+        build_inverse_tables(freqs_, alphabet_, buckets, inverses.data());
         all.inverse = std::move(inverses);
     });
     return all.inverse.data();

@@ -28,8 +28,9 @@ struct alignas(64) AliasTable {
 static_assert(sizeof(AliasTable) == 704);
 
 // Finds the slot of (symbol, rank). Sort all slots by symbol, then by rank: the position of a slot
-// is first[symbol] + rank, and every part is one run of positions. Unused entries of part_begin
-// are kTotal, beyond every position, so a binary search needs no length.
+// is first[symbol] + rank, and every part is one run of positions. A part that is empty begins where
+// the one behind it does, or at kTotal, as unused entries do; so a binary search for the last part
+// that begins at or before a position needs no length and never finds it.
 struct alignas(64) InverseTable {
     uint16_t freq[32];
     uint16_t first[32];
@@ -69,6 +70,8 @@ void check_models(std::span<const uint16_t> freqs, size_t alphabet);
 // tables: one for each row; of sound rows only.
 void build_alias_tables(std::span<const uint16_t> freqs, size_t alphabet, unsigned buckets,
                         AliasTable* tables);
+void build_inverse_tables(std::span<const uint16_t> freqs, size_t alphabet, unsigned buckets,
+                          InverseTable* tables);
 
 // The models of a segment. What it shows never changes, so threads may share one.
 class Tables {

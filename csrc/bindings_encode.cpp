@@ -26,6 +26,7 @@ nb::bytes bytes_of(const std::vector<T>& values) {
 // alive as long as this does.
 class ChunkEncoder {
 public:
+    ChunkEncoder(const ChunkEncoder&) = delete;
     explicit ChunkEncoder(const nb::sequence& groups) {
         for (const nb::handle entry : groups) read_group(nb::cast<nb::tuple>(entry));
     }
@@ -60,7 +61,7 @@ public:
             }
         const EncodeSettings settings{passes, tables, costs.data(), centroids.data()};
         nb::gil_scoped_release release;
-        encode_groups(groups_, settings, step, threads);
+        stores_ = encode_groups(groups_, settings, step, threads);
     }
 
     // Bodies are views of this encoder's memory, which `self` keeps alive.
@@ -140,6 +141,7 @@ private:
     }
 
     std::vector<EncodeGroup> groups_;
+    std::vector<BodyStore> stores_;  // where their bodies are
     std::vector<nb::object> kept_;
 };
 

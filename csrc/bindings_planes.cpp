@@ -1,14 +1,16 @@
 // Coding of whole planes as Python sees it. Argument checks are here and in native/planes.py.
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "bindings.h"
 #include "channel_models.h"
-#include "digit_planes.h"
 #include "format.h"
 #include "plane_decode.h"
+#include "plane_encode.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -78,6 +80,66 @@ void decode(const std::string& type, const std::string& stored, const Tables& sh
     decode_planes(work);
 }
 
+// The planes of a chunk and what they became, which views of bodies keep alive.
+class PlaneEncoder {
+public:
+    PlaneEncoder(const std::string& type, const nb::sequence& planes, bool per_head,
+                 unsigned low_bits, const Tables* shared,
+                 const std::optional<Array<const int16_t, nb::ndim<3>>>& costs,
+                 const std::optional<Vector<const double>>& bits_saved, size_t threads) {
+        require(threads >= 1 && low_bits <= 3, "threads");
+        require((shared != nullptr) == costs.has_value() && (!shared) == bits_saved.has_value(),
+                "tables");
+        PlaneEncode work{{}, per_head, low_bits, shared, {}, {}, threads};
+        if (shared) {
+            require(costs->shape(0) == 16 && costs->shape(1) == shared->count() &&
+                        costs->shape(1) <= 128 && costs->shape(2) == 2 && shared->alphabet() == 32,
+                    "costs");
+            work.costs = {costs->data(), costs->size()};
+        } else {
+            require(low_bits == 0 && bits_saved->size() == kTotal + 1, "bits");
+            work.bits_saved = {bits_saved->data(), bits_saved->size()};
+        }
+        for (const nb::handle entry : planes) {
+            const auto fields = nb::cast<nb::tuple>(entry);
+            PlaneToEncode plane{};
+            plane.values.data = reinterpret_cast<const std::byte*>(nb::cast<uintptr_t>(fields[0]));
+            plane.values.type = type_of(type);
+            int64_t* const sizes[] = {&plane.values.token_stride, &plane.values.head_stride,
+                                      &plane.values.tokens, &plane.values.heads, &plane.values.dim};
+            for (size_t i = 0; i < std::size(sizes); ++i) *sizes[i] = nb::cast<int64_t>(fields[1 + i]);
+            plane.levels = nb::cast<unsigned>(fields[6]);
+            require(plane.levels >= 1 && plane.levels <= 127, "levels");
+            // Without their low bits symbols have 32 values.
+            require(!low_bits || 2 * plane.levels >> low_bits < kMaxAlphabet, "low bits");
+            const int64_t channels = plane.values.heads * plane.values.dim;
+            require(plane.values.tokens >= 0 && plane.values.heads >= 0 && plane.values.dim >= 0 &&
+                        channels <= 0xffff &&
+                        (channels == 0 || plane.values.tokens <= (int64_t{1} << 40) / channels),
+                    "plane");
+            plane.scales = reinterpret_cast<std::byte*>(nb::cast<uintptr_t>(fields[7]));
+            work.planes.push_back(plane);
+        }
+        nb::gil_scoped_release release;
+        found_ = encode_planes(work);
+    }
+
+    PlaneEncoder(const PlaneEncoder&) = delete;
+
+    static nb::tuple encoded(const nb::object& self, size_t index) {
+        const EncodedPlane& plane = nb::cast<const PlaneEncoder&>(self).found_.planes.at(index);
+        using Body = nb::ndarray<const uint8_t, nb::numpy, nb::ndim<1>>;
+        return nb::make_tuple(
+            static_cast<int>(plane.kind),
+            nb::bytes(reinterpret_cast<const char*>(plane.tables.data()), plane.tables.size()),
+            Body(plane.body.data(), {plane.body.size()}, self),
+            Body(plane.low.data(), {plane.low.size()}, self));
+    }
+
+private:
+    EncodedPlanes found_;
+};
+
 void count(const Matrix<const uint8_t>& symbols, unsigned shift, const Matrix<uint32_t>& counts) {
     require(counts.shape(0) == symbols.shape(1) && counts.shape(1) >= 1 && shift <= 7, "counts");
     nb::gil_scoped_release release;
@@ -106,16 +168,6 @@ void fit(const Matrix<const uint32_t>& counts, const Array<const int16_t, nb::nd
                 classes.data(), rotations.data());
 }
 
-void split(const Matrix<const uint8_t>& symbols, const Vector<const uint8_t>& rotations,
-           unsigned bits, const Matrix<uint8_t>& high, const Vector<uint8_t>& planes) {
-    require(bits >= 1 && bits <= 3 && rotations.size() == symbols.shape(1), "rotations");
-    require(high.shape(0) == symbols.shape(0) && high.shape(1) == symbols.shape(1) &&
-                planes.size() == bits * ceil_div(symbols.size(), 8), "digits");
-    nb::gil_scoped_release release;
-    split_digits({symbols.shape(0), symbols.shape(1), symbols.data()},
-                 {rotations.data(), rotations.size()}, bits, high.data(), planes.data());
-}
-
 }  // namespace
 
 void bind_planes(nb::module_& m) {
@@ -124,8 +176,13 @@ void bind_planes(nb::module_& m) {
           "freqs"_a.noconvert());
     m.def("fit_classes", fit, "counts"_a.noconvert(), "costs"_a.noconvert(),
           "classes"_a.noconvert(), "rotations"_a.noconvert());
-    m.def("split_digits", split, "symbols"_a.noconvert(), "rotations"_a.noconvert(), "bits"_a,
-          "high"_a.noconvert(), "planes"_a.noconvert());
+    nb::class_<PlaneEncoder>(m, "PlaneEncoder")
+        .def(nb::init<const std::string&, const nb::sequence&, bool, unsigned, const Tables*,
+                      const std::optional<Array<const int16_t, nb::ndim<3>>>&,
+                      const std::optional<Vector<const double>>&, size_t>(),
+             "type"_a, "planes"_a, "per_head"_a, "low_bits"_a, "shared"_a.none(),
+             "costs"_a.none().noconvert(), "bits_saved"_a.none().noconvert(), "threads"_a)
+        .def("encoded", &PlaneEncoder::encoded, "index"_a);
     m.def("decode_planes", decode, "type"_a, "stored"_a, "shared"_a, "planes"_a, "threads"_a);
 }
 

@@ -18,7 +18,7 @@ namespace cachegen {
 // kBlockSteps, aligned to 64 bytes. In the symbol matrix it is one row of steps per lane. Kernels
 // code a block per call, so that it stays in the first-level cache.
 inline constexpr size_t kBlockSteps = 128;
-// Streams that a kernel decodes side by side, so that their dependency chains overlap.
+// Streams that a kernel codes side by side, so that their dependency chains overlap.
 inline constexpr size_t kGroupStreams = 4;
 
 // So many bytes behind the words of a stream can be read: kernels look for the end of the words
@@ -62,29 +62,33 @@ struct PackedRow {
     unsigned bits;
 };
 
-inline constexpr size_t kCountedChannels = 64, kCountedTokens = 255;
+inline constexpr size_t kCountedChannels = 64, kCountedTokens = 256;
+inline constexpr size_t kRotations = 3;  // that are tried for a channel
 
 // Rows of at most kBlockSteps symbols, but for `largest`; see symbol_rows.h.
 struct SymbolRows {
     void (*join_planes)(const PackedRow& from, size_t size, uint8_t* out);
     unsigned (*largest)(const uint8_t* symbols, size_t size);
-    // These two change symbols in place and return the largest.
+    // This one and add_low_digits change symbols in place and return the largest.
     unsigned (*rotate_block)(const uint8_t* offsets, size_t steps, unsigned lanes, uint8_t* block);
+    // Rows of a block: without their low bits, plus an offset for each row, modulo 32.
+    void (*turn_block)(const uint8_t* offsets, unsigned bits, size_t steps, uint8_t* block);
     unsigned (*add_low_digits)(const PackedRow& low, unsigned bits, unsigned centre, size_t size,
                                uint8_t* symbols);
     // Adds to counts, a row of `alphabet` for each channel: of up to kCountedTokens rows `stride`
     // apart and up to kCountedChannels channels, how often each value symbol >> shift is there.
     void (*count)(const uint8_t* symbols, size_t stride, size_t tokens, size_t channels,
                   unsigned shift, size_t alphabet, uint32_t* counts);
-    // bits[c]: sum over 32 values of counts times costs[value / 2][c][value % 2], below 2^32.
-    // Returns the least.
-    uint32_t (*class_bits)(const uint16_t* counts, const int16_t* costs, size_t classes,
-                           uint32_t* bits);
+    // bits[r * classes + c]: sum over 32 values of counts[r] times costs[value / 2][c][value % 2], below
+    // 2^32, for kRotations rows of counts. Returns the first of the least.
+    size_t (*best_class)(const uint16_t* const* counts, const int16_t* costs, size_t classes,
+                         uint32_t* bits);
     // Copies what is not read again soon. A fence has to follow before others look.
     void (*stream)(const std::byte* from, size_t bytes, std::byte* to);
-    // Undoes join_planes: `bits` planes of any number of bytes, the last byte of each filled with 0.
-    void (*split_planes)(const uint8_t* bytes, size_t size, unsigned bits, size_t plane_bytes,
-                         uint8_t* planes);
+    // Bits [first, first + count) of any number of bytes as bit-planes that are `plane_bytes` apart,
+    // the last byte of each filled with 0.
+    void (*split_planes)(const uint8_t* bytes, size_t size, unsigned first, unsigned count,
+                         size_t plane_bytes, uint8_t* planes);
 };
 
 // Some channels of a token for `lossless`. top, flip, symbols: one byte for each channel.
@@ -116,7 +120,16 @@ struct Kernels {
     // `buckets`: 16 or 32, or 4 if the runs have contexts.
     void (*decode_runs)(const AliasTable* tables, unsigned buckets, DecodeRun* const* runs,
                         size_t count, size_t steps);
-    void (*encode_run)(const InverseTable* tables, unsigned buckets, EncodeRun& run, size_t steps);
+    // The same many of each of 1 to kGroupStreams runs.
+    void (*encode_runs)(const InverseTable* tables, unsigned buckets, EncodeRun* const* runs,
+                        size_t count, size_t steps);
+
+    // Tables with K = 16 or 32 for rows of `alphabet` frequencies, see alias_table.h; null where the
+    // portable ones are as good. reciprocals: by frequency.
+    void (*build_alias)(const uint16_t* freqs, size_t alphabet, size_t count, unsigned buckets,
+                        AliasTable* tables);
+    void (*build_inverse)(const uint16_t* freqs, size_t alphabet, size_t count, unsigned buckets,
+                          const float* reciprocals, InverseTable* tables);
 
     // Copy the active lanes of a block to matrix rows that are `stride` bytes apart, or from there;
     // gather fills idle lanes with 0. What is behind `steps` in a block may change.
@@ -189,6 +202,7 @@ extern const Kernels kNeonKernels;
 #endif
 
 // The portable encoder, for backends without one of their own.
-void encode_run_scalar(const InverseTable* tables, unsigned buckets, EncodeRun& run, size_t steps);
+void encode_runs_scalar(const InverseTable* tables, unsigned buckets, EncodeRun* const* runs,
+                        size_t count, size_t steps);
 
 }  // namespace cachegen

@@ -189,9 +189,7 @@ inline uint32_t bits_of(__m256i bytes) {
 }
 inline uint32_t count(uint32_t bits) { return static_cast<uint32_t>(std::popcount(bits)); }
 
-}  // namespace
-
-void encode_steps_avx2(const StepsJob& job) {
+void encode_stream_steps(const StepsJob& job) {
     // Element e is active from kLanes - lanes on.
     alignas(32) uint16_t masks[kLanes];
     for (unsigned e = 0; e < kLanes; ++e) masks[e] = e < kLanes - job.lanes ? 0 : 0xffff;
@@ -230,6 +228,12 @@ void encode_steps_avx2(const StepsJob& job) {
         std::memcpy(job.runs[pass].state + first, state + first, sizeof state[0] * job.lanes);
         job.runs[pass].words = out[pass];
     }
+}
+
+}  // namespace
+
+void encode_steps_avx2(const StepsJob* jobs, size_t count) {
+    for (size_t i = 0; i < count; ++i) encode_stream_steps(jobs[i]);
 }
 
 void count_channel_avx2(const uint16_t* codes, const uint8_t* symbols, const uint8_t*,

@@ -5,7 +5,7 @@
 
 namespace cachegen {
 
-void encode_steps_avx2(const StepsJob& job);
+void encode_steps_avx2(const StepsJob* jobs, size_t count);
 void count_channel_avx2(const uint16_t* codes, const uint8_t* symbols, const uint8_t* tally,
                         size_t places, size_t stride, unsigned refinements, uint32_t* counts);
 void read_tile_avx2(const std::byte* const* memory, size_t count, float* rows);  // bfloat16

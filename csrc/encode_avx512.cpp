@@ -87,8 +87,7 @@ unsigned code_lengths_avx512(const uint16_t* counts, const int16_t* costs, size_
         const __m512i times = _mm512_set1_epi32(static_cast<int>(both));
 #pragma GCC unroll 12
         for (size_t i = 0; i < kRegisters; ++i)
-            sums[i] = _mm512_add_epi32(
-                sums[i], _mm512_madd_epi16(times, _mm512_loadu_si512(costs + 32 * i)));
+            sums[i] = _mm512_dpwssd_epi32(sums[i], times, _mm512_loadu_si512(costs + 32 * i));
     }
 #pragma GCC unroll 12
     for (size_t i = 0; i < kRegisters; ++i) _mm512_storeu_si512(lengths + 16 * i, sums[i]);

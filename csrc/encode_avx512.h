@@ -5,7 +5,7 @@
 
 namespace cachegen {
 
-void encode_steps_avx512(const StepsJob& job);
+void encode_steps_avx512(const StepsJob* jobs, size_t count);
 template <unsigned R>
 void quantize_rows_avx512(const QuantizeJob& job);
 void count_channel_avx512(const uint16_t* codes, const uint8_t* symbols, const uint8_t* tally,

@@ -14,6 +14,8 @@
 
 namespace cachegen {
 
+// Streams of a pass that go side by side.
+inline constexpr size_t kStreamsAtOnce = 2;
 inline constexpr unsigned kMaxRefinements = kMaxPasses - 1;
 inline constexpr unsigned kWays = 192;        // families times classes
 inline constexpr unsigned kCoarseCounts = 18;  // magnitudes 0 to 15, 16 and more, and nothing
@@ -109,7 +111,8 @@ struct LadderEncodeRows {
     // Returns the first way with the least length.
     unsigned (*code_lengths)(const uint16_t* counts, const int16_t* costs, size_t size,
                          uint32_t* lengths);
-    void (*encode_steps)(const StepsJob& job);
+    // Jobs of so many streams, 1 or 2, that differ in lanes, data and runs only.
+    void (*encode_steps)(const StepsJob* jobs, size_t count);
     void (*order_statistics)(const float* values, size_t rows, size_t columns, size_t rank,
                              float* out, float* following);
 };

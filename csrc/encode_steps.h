@@ -33,7 +33,7 @@ inline uint32_t divide_state(uint32_t& state, uint32_t freq, uint16_t*& words) {
     return rank;
 }
 
-[[maybe_unused]] void encode_steps(const StepsJob& job) {
+inline void encode_stream_steps(const StepsJob& job) {
     for (size_t step = job.steps; step-- > 0;) {
         const uint8_t* const symbols = job.symbols + step * kLanes;
         const uint16_t* const codes = job.codes + step * kLanes;
@@ -65,6 +65,10 @@ inline uint32_t divide_state(uint32_t& state, uint32_t freq, uint16_t*& words) {
             run.words = words;
         }
     }
+}
+
+[[maybe_unused]] void encode_steps(const StepsJob* jobs, size_t count) {
+    for (size_t i = 0; i < count; ++i) encode_stream_steps(jobs[i]);
 }
 
 }  // namespace

@@ -113,58 +113,78 @@ template <unsigned kRounds>
     place(x, slot);
 }
 
-template <unsigned kRefinements, unsigned kRounds>
-void encode_all(const StepsJob& job) {
+template <unsigned kRefinements, unsigned kRounds, size_t kJobs>
+void encode_all(const StepsJob* jobs) {
     constexpr unsigned kFirst = kRounds ? 0 : 1;  // pass
-    const __mmask32 active = ~uint32_t{0} << (kLanes - job.lanes);
-    States states[kRefinements + 1];
-    uint16_t* out[kRefinements + 1];
-    const uint16_t* models[kRefinements + 1];
-    for (unsigned pass = kFirst; pass <= kRefinements; ++pass) {
-        states[pass] = load_states(job.runs[pass].state);
-        out[pass] = job.runs[pass].words;
-        models[pass] = job.runs[pass].models;
-    }
-    for (size_t step = job.steps; step-- > 0;) {
-        if constexpr (kRounds > 0) {
-            const __m512i symbol = _mm512_cvtepu8_epi16(_mm256_loadu_si256(
-                reinterpret_cast<const __m256i*>(job.symbols + step * kLanes)));
-            encode_coarse<kRounds>(states[0], symbol, job.coarse[models[0][step]], active, out[0]);
+    __mmask32 active[kJobs];
+    States states[kJobs][kRefinements + 1];
+    // Copies, because the compiler must assume that storing words changes the runs.
+    uint16_t* out[kJobs][kRefinements + 1];
+    const uint16_t* models[kJobs][kRefinements + 1];
+    for (size_t i = 0; i < kJobs; ++i) {
+        active[i] = ~uint32_t{0} << (kLanes - jobs[i].lanes);
+        for (unsigned pass = kFirst; pass <= kRefinements; ++pass) {
+            states[i][pass] = load_states(jobs[i].runs[pass].state);
+            out[i][pass] = jobs[i].runs[pass].words;
+            models[i][pass] = jobs[i].runs[pass].models;
         }
-        const __m512i code = _mm512_loadu_si512(job.codes + step * kLanes);
+    }
+    for (size_t step = jobs->steps; step-- > 0;) {
+#pragma GCC unroll 2
+        for (size_t i = 0; i < kJobs; ++i) {
+            const StepsJob& job = jobs[i];
+            if constexpr (kRounds > 0) {
+                const __m512i symbol = _mm512_cvtepu8_epi16(_mm256_loadu_si256(
+                    reinterpret_cast<const __m256i*>(job.symbols + step * kLanes)));
+                encode_coarse<kRounds>(states[i][0], symbol, job.coarse[models[i][0][step]],
+                                       active[i], out[i][0]);
+            }
+            const __m512i code = _mm512_loadu_si512(job.codes + step * kLanes);
 #pragma GCC unroll 5
-        for (unsigned pass = 1; pass <= kRefinements; ++pass) {
-            const __m512i entry = _mm512_srli_epi16(code, 3 * (pass - 1));
-            encode_refined(states[pass], entry, job.refine[models[pass][step]], active, out[pass]);
+            for (unsigned pass = 1; pass <= kRefinements; ++pass) {
+                const __m512i entry = _mm512_srli_epi16(code, 3 * (pass - 1));
+                encode_refined(states[i][pass], entry, job.refine[models[i][pass][step]],
+                               active[i], out[i][pass]);
+            }
         }
     }
-    for (unsigned pass = kFirst; pass <= kRefinements; ++pass) {
-        // Idle lanes went through the motions; their states must stay.
-        uint32_t state[kLanes];
-        store_states(states[pass], state);
-        const unsigned first = kLanes - job.lanes;
-        std::memcpy(job.runs[pass].state + first, state + first, sizeof state[0] * job.lanes);
-        job.runs[pass].words = out[pass];
-    }
+    for (size_t i = 0; i < kJobs; ++i)
+        for (unsigned pass = kFirst; pass <= kRefinements; ++pass) {
+            // Idle lanes went through the motions; their states must stay.
+            uint32_t state[kLanes];
+            store_states(states[i][pass], state);
+            const unsigned first = kLanes - jobs[i].lanes;
+            std::memcpy(jobs[i].runs[pass].state + first, state + first,
+                        sizeof state[0] * jobs[i].lanes);
+            jobs[i].runs[pass].words = out[i][pass];
+        }
+}
+
+// With many passes one stream fills the processor.
+template <unsigned kRefinements, unsigned kRounds>
+void encode_streams(const StepsJob* jobs, size_t count) {
+    if constexpr (kRefinements <= 1)
+        if (count == 2) return encode_all<kRefinements, kRounds, 2>(jobs);
+    for (size_t i = 0; i < count; ++i) encode_all<kRefinements, kRounds, 1>(jobs + i);
 }
 
 template <unsigned kRefinements>
-void encode_rounds(const StepsJob& job) {
-    switch (job.rounds) {
-        case 0: return encode_all<kRefinements, 0>(job);
-        case 3: return encode_all<kRefinements, 3>(job);
-        case 5: return encode_all<kRefinements, 5>(job);
-        default: return encode_all<kRefinements, 6>(job);
+void encode_rounds(const StepsJob* jobs, size_t count) {
+    switch (jobs->rounds) {
+        case 0: return encode_streams<kRefinements, 0>(jobs, count);
+        case 3: return encode_streams<kRefinements, 3>(jobs, count);
+        case 5: return encode_streams<kRefinements, 5>(jobs, count);
+        default: return encode_streams<kRefinements, 6>(jobs, count);
     }
 }
 
 }  // namespace
 
-void encode_steps_avx512(const StepsJob& job) {
+void encode_steps_avx512(const StepsJob* jobs, size_t count) {
     constexpr auto by_refinements = []<size_t... I>(std::index_sequence<I...>) {
         return std::array{encode_rounds<I>...};
     }(std::make_index_sequence<kMaxPasses>());
-    by_refinements[job.refinements](job);
+    by_refinements[jobs->refinements](jobs, count);
 }
 
 }  // namespace cachegen

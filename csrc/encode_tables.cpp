@@ -16,6 +16,7 @@ struct Runs {
 
     explicit Runs(const InverseTable& table) {
         for (unsigned part = 0; part < 64 && table.part_begin[part] < kTotal; ++part) {
+            if (part < 63 && table.part_begin[part + 1] == table.part_begin[part]) continue;  // empty
             if (count && shift[count - 1] == table.part_shift[part]) continue;
             begin[count] = table.part_begin[part];
             shift[count++] = table.part_shift[part];

@@ -108,18 +108,21 @@ private:
 
 }  // namespace
 
-void encode_groups(std::span<EncodeGroup> groups, const EncodeSettings& settings, float step,
-                   size_t threads) {
+std::vector<BodyStore> encode_groups(std::span<EncodeGroup> groups, const EncodeSettings& settings,
+                                     float step, size_t threads) {
+    threads = std::max<size_t>(1, std::min(threads, groups.size()));
+    std::vector<BodyStore> stores(threads);
     std::atomic<size_t> next = 0;
-    run_crew(std::min(threads, groups.size()), [&](size_t) {
+    run_crew(threads, [&](size_t thread) {
         Quantizer quantizer(settings.passes, step);
-        PassWriter writer;
+        PassWriter writer(stores[thread]);
         for (size_t i; (i = next++) < groups.size();) {
             GroupDigits& digits = quantizer.run(groups[i]);
             fit_group(groups[i], digits, settings);
             writer.write(groups[i], digits, settings);
         }
     });
+    return stores;
 }
 
 }  // namespace cachegen

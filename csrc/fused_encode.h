@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "aligned.h"
+#include "body_store.h"
 #include "encode_kernels.h"
 #include "encode_tables.h"
 #include "float_bits.h"
@@ -39,7 +40,7 @@ struct EncodePlane {
 // One coded pass of a group.
 struct EncodedPass {
     enum class Kind : uint8_t { Rans, Bytes, Packed, Sparse } kind;
-    std::vector<uint8_t> body;
+    std::span<const uint8_t> body;
 };
 
 struct EncodeGroup {
@@ -76,9 +77,10 @@ struct EncodeSettings {
 
 void survey_groups(std::span<EncodeGroup> groups, size_t threads);
 
-// step: the finest one.
-void encode_groups(std::span<EncodeGroup> groups, const EncodeSettings& settings, float step,
-                   size_t threads);
+// step: the finest one. Returns where the bodies are.
+[[nodiscard]] std::vector<BodyStore> encode_groups(std::span<EncodeGroup> groups,
+                                                   const EncodeSettings& settings, float step,
+                                                   size_t threads);
 
 // ---- Parts, of one group and one thread --------------------------------------------------------
 
@@ -136,11 +138,14 @@ void fit_group(EncodeGroup& group, GroupDigits& digits, const EncodeSettings& se
 // replaced by it.
 class PassWriter {
 public:
+    explicit PassWriter(BodyStore& store) : store_(store) {}
     void write(EncodeGroup& group, GroupDigits& digits, const EncodeSettings& settings);
 
 private:
     class Work;
-    std::array<AlignedVector<uint16_t>, kMaxPasses> words_;  // of the stream at work
+    BodyStore& store_;
+    // Of the streams at work.
+    std::array<std::array<AlignedVector<uint16_t>, kMaxPasses>, kStreamsAtOnce> words_;
     std::array<std::vector<uint8_t>, kMaxPasses> bodies_;
 };
 

@@ -43,11 +43,13 @@ public:
             put_u32(buffers_.bodies_[pass], 0, kPassStreamSteps);
         }
         if (first_pass() < settings_.passes)
-            for (uint64_t stream = 0; stream < streams_; ++stream) encode_stream(stream);
+            for (uint64_t stream = 0; stream < streams_; stream += kStreamsAtOnce)
+                encode_streams(stream, std::min<uint64_t>(kStreamsAtOnce, streams_ - stream));
         for (unsigned pass = first_pass(); pass < settings_.passes; ++pass)
-            group_.passes[pass].body = buffers_.bodies_[pass];
+            group_.passes[pass].body = buffers_.store_.copy(buffers_.bodies_[pass]);
         if (is_sparse_) {
-            group_.passes[0] = {EncodedPass::Kind::Sparse, write_sparse(sparse_, shape_)};
+            group_.passes[0] = {EncodedPass::Kind::Sparse,
+                                buffers_.store_.copy(write_sparse(sparse_, shape_))};
         } else if (group_.passes[0].body.size() >= size) {
             keep_bytes();
         }
@@ -134,46 +136,72 @@ private:
             }
     }
 
-    void encode_stream(uint64_t index) {
-        const StreamLayout stream =
-            stream_shape(shape_, RawCounter(shape_, {}), kPassStreamSteps, index);
-        const size_t room = (stream.end_step - stream.begin_step + 1) * kLanes;
+    // A stream at work, from its last step to its first.
+    struct Stream {
+        StreamLayout layout;
+        uint64_t end;  // steps from here on are coded
         PassRun runs[kMaxPasses];
+    };
+
+    void encode_streams(uint64_t first, size_t count) {
+        Stream streams[kStreamsAtOnce];
+        for (size_t i = 0; i < count; ++i) start_stream(streams[i], first + i, i);
+        while (true) {
+            Stream* active[kStreamsAtOnce];
+            size_t some = 0, steps = kStepsAtOnce;
+            for (size_t i = 0; i < count; ++i) {
+                Stream& stream = streams[i];
+                if (stream.end == stream.layout.begin_step) continue;
+                active[some++] = &stream;
+                const uint64_t place = stream.end - 1 - (stream.end - 1) % shape_.channels;
+                steps = std::min<size_t>(steps,
+                                         stream.end - std::max(stream.layout.begin_step, place));
+            }
+            if (!some) break;
+            encode_steps(active, some, steps);
+        }
+        for (size_t i = 0; i < count; ++i) finish_stream(streams[i], first + i, i);
+    }
+
+    void start_stream(Stream& stream, uint64_t index, size_t slot) {
+        stream.layout = stream_shape(shape_, RawCounter(shape_, {}), kPassStreamSteps, index);
+        stream.end = stream.layout.end_step;
+        const size_t room = (stream.end - stream.layout.begin_step + 1) * kLanes;
         for (unsigned pass = first_pass(); pass < settings_.passes; ++pass) {
-            std::fill_n(runs[pass].state, kLanes, kStateMin);
-            if (buffers_.words_[pass].size() < room) buffers_.words_[pass].resize(room);
-            runs[pass].words = buffers_.words_[pass].data();
+            std::fill_n(stream.runs[pass].state, kLanes, kStateMin);
+            auto& words = buffers_.words_[slot][pass];
+            if (words.size() < room) words.resize(room);
+            stream.runs[pass].words = words.data();
         }
-        for (uint64_t end = stream.end_step; end > stream.begin_step;) {
-            const uint64_t place_begin = end - 1 - (end - 1) % shape_.channels;
-            uint64_t begin = std::max(stream.begin_step, place_begin);
-            if (end - begin > kStepsAtOnce) begin = end - kStepsAtOnce;
-            encode_steps(runs, begin, end - begin);
-            end = begin;
-        }
-        for (unsigned pass = first_pass(); pass < settings_.passes; ++pass)
-            finish_stream(pass, stream, runs[pass], index);
     }
 
-    void encode_steps(PassRun* runs, uint64_t begin, size_t steps) {
-        const uint64_t channel = begin % shape_.channels;
+    void encode_steps(Stream* const* streams, size_t count, size_t steps) {
+        StepsJob jobs[kStreamsAtOnce];
         unsigned rounds = 0;
-        for (size_t i = 0; i < steps && !is_sparse_; ++i)
-            rounds = std::max<unsigned>(rounds, settings_.tables.rounds(models_[0][channel + i]));
-        for (unsigned pass = first_pass(); pass < settings_.passes; ++pass)
-            runs[pass].models = &models_[pass][channel];
-        kernels().encode_rows.encode_steps(
-            {&digits_.codes[begin * kLanes], &digits_.symbols[begin * kLanes], steps,
-             shape_.active_lanes(begin / shape_.channels), settings_.passes - 1, rounds,
-             settings_.tables.coarse(), settings_.tables.refine(), runs});
+        for (size_t n = 0; n < count; ++n) {
+            Stream& stream = *streams[n];
+            stream.end -= steps;
+            const uint64_t channel = stream.end % shape_.channels;
+            for (size_t i = 0; i < steps && !is_sparse_; ++i)
+                rounds =
+                    std::max<unsigned>(rounds, settings_.tables.rounds(models_[0][channel + i]));
+            for (unsigned pass = first_pass(); pass < settings_.passes; ++pass)
+                stream.runs[pass].models = &models_[pass][channel];
+            jobs[n] = {&digits_.codes[stream.end * kLanes], &digits_.symbols[stream.end * kLanes],
+                       steps, shape_.active_lanes(stream.end / shape_.channels),
+                       settings_.passes - 1, 0, settings_.tables.coarse(),
+                       settings_.tables.refine(), stream.runs};
+        }
+        for (size_t n = 0; n < count; ++n) jobs[n].rounds = rounds;
+        kernels().encode_rows.encode_steps(jobs, count);
     }
 
-    void finish_stream(unsigned pass, const StreamLayout& stream, PassRun& run, uint64_t index) {
+    void finish_stream(unsigned pass, const StreamLayout& stream, PassRun& run,
+                       const uint16_t* words, uint64_t index) {
         std::vector<uint8_t>& body = buffers_.bodies_[pass];
         const size_t start = body.size();
         std::reverse(run.state, run.state + kLanes);
         append(body, run.state, stream.states);
-        const uint16_t* const words = buffers_.words_[pass].data();
         const auto count = static_cast<size_t>(run.words - words);
         const size_t at = body.size();
         body.resize(at + 2 * count);
@@ -182,6 +210,12 @@ private:
         put_u32(body, 8 + 8 * index, pass == 0 ? escapes_[index].size() : 0);
         put_u32(body, 4 + 8 * index, count);
         body.resize(body.size() + (-(body.size() - start) & 3));
+    }
+
+    void finish_stream(Stream& stream, uint64_t index, size_t slot) {
+        for (unsigned pass = first_pass(); pass < settings_.passes; ++pass)
+            finish_stream(pass, stream.layout, stream.runs[pass],
+                          buffers_.words_[slot][pass].data(), index);
     }
 
     template <class Use>
@@ -208,8 +242,9 @@ private:
         }
         EncodedPass& pass = group_.passes[0];
         pass.kind = EncodedPass::Kind::Bytes;
-        pass.body.resize(shape_.tokens * shape_.channels);
-        for_each_value([&](size_t to, size_t from) { pass.body[to] = symbols[from]; });
+        const std::span<uint8_t> body = buffers_.store_.take(shape_.tokens * shape_.channels);
+        for_each_value([&](size_t to, size_t from) { body[to] = symbols[from]; });
+        pass.body = body;
     }
 
     void keep_packed(unsigned index) {
@@ -217,13 +252,14 @@ private:
         const size_t plane = ceil_div(shape_.tokens * shape_.channels, 8);
         if (2 * plane > pass.body.size()) return;
         pass.kind = EncodedPass::Kind::Packed;
-        pass.body.assign(2 * plane, 0);
+        const std::span<uint8_t> body = buffers_.store_.take(2 * plane);
+        std::fill(body.begin(), body.end(), uint8_t{0});
         for_each_value([&](size_t to, size_t from) {
             const unsigned digit = digits_.codes[from] >> (3 * (index - 1)) & 3;
             for (size_t bit = 0; bit < 2; ++bit)
-                pass.body[bit * plane + to / 8] |=
-                    static_cast<uint8_t>((digit >> bit & 1) << to % 8);
+                body[bit * plane + to / 8] |= static_cast<uint8_t>((digit >> bit & 1) << to % 8);
         });
+        pass.body = body;
     }
 
     PassWriter& buffers_;

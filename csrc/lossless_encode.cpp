@@ -158,7 +158,7 @@ private:
         uint8_t* planes = coded.body.data() + sizeof length + rans.size();
         for (unsigned byte = 0; byte < bytes_; ++byte) {
             const unsigned some = std::min(8u, bits - 8 * byte);
-            kernels().symbol_rows.split_planes(mantissas_[byte].data(), size, some, plane_bytes,
+            kernels().symbol_rows.split_planes(mantissas_[byte].data(), size, 0, some, plane_bytes,
                                                planes);
             planes += some * plane_bytes;
         }

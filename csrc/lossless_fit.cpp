@@ -53,21 +53,30 @@ public:
 
     void choose_classes() {
         const size_t number = freqs_.size() / kSize;
-        std::vector<int16_t> costs(freqs_.size());  // as class_bits takes them
+        std::vector<int16_t> costs(freqs_.size());  // as best_class takes them
         for (size_t n = 0; n < number; ++n)
             for (size_t v = 0; v < kSize; ++v)
                 costs[2 * (v / 2 * number + n) + v % 2] = costs_.costs[freqs_[n * kSize + v]];
-        const auto class_bits = kernels().symbol_rows.class_bits;
-        for (size_t row = 0; row < classes_.size(); ++row) {
-            if (narrow_.empty()) {
+        if (narrow_.empty()) {
+            for (size_t row = 0; row < classes_.size(); ++row) {
                 int64_t bits[kMostLosslessTables];
                 for (size_t n = 0; n < number; ++n) bits[n] = bits_of(row, n);
                 classes_[row] = static_cast<uint8_t>(std::min_element(bits, bits + number) - bits);
-                continue;
             }
-            uint32_t bits[kMostLosslessTables];
-            const uint32_t least = class_bits(&narrow_[row * kSize], costs.data(), number, bits);
-            classes_[row] = static_cast<uint8_t>(std::find(bits, bits + number, least) - bits);
+            return;
+        }
+        // The kernel takes as many rows of counts at a time as there are rotations elsewhere.
+        for (size_t begin = 0; begin < classes_.size(); begin += kRotations) {
+            const uint16_t* rows[kRotations];
+            for (size_t i = 0; i < kRotations; ++i)
+                rows[i] = &narrow_[std::min(begin + i, classes_.size() - 1) * kSize];
+            uint32_t bits[kRotations * kMostLosslessTables];
+            kernels().symbol_rows.best_class(rows, costs.data(), number, bits);
+            for (size_t i = 0; i < kRotations && begin + i < classes_.size(); ++i) {
+                const uint32_t* const own = bits + i * number;
+                classes_[begin + i] =
+                    static_cast<uint8_t>(std::min_element(own, own + number) - own);
+            }
         }
     }
 

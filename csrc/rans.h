@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -19,6 +20,12 @@ struct Coding {
     bool models_per_place;
     std::span<const uint8_t> shifts;  // C entries, or empty if all are 0
     const uint8_t* contexts = nullptr;  // T x C bytes, 0 or 1, or null
+    // For the encoder alone. C rotations, subtracted modulo 32 from what is left of the symbols
+    // without their low bits, or empty if symbols are as they are coded; then `dropped` low bits do
+    // not go into the body at all. Tables of its own, with K = buckets(), or null for those of `tables`.
+    std::span<const uint8_t> rotations = {};
+    unsigned dropped = 0;
+    const InverseTable* inverse = nullptr;
 
     // K of the alias tables.
     unsigned buckets() const { return contexts ? kContextBuckets : tables.buckets(); }
@@ -33,6 +40,21 @@ struct Coding {
 // and for whatever check_coding refuses.
 std::vector<uint8_t> encode_segment(const uint8_t* symbols, const Coding& coding,
                                     uint64_t stream_steps);
+
+// Encodes one segment after the other in the same memory.
+class SegmentEncoder {
+public:
+    SegmentEncoder();
+    ~SegmentEncoder();
+    // As above, of a sound coding. The body is there until the next call.
+    std::span<const uint8_t> encode(const uint8_t* symbols, const Coding& coding,
+                                    uint64_t stream_steps);
+
+private:
+    struct Memory;
+    class Work;
+    std::unique_ptr<Memory> memory_;
+};
 
 // Decodes the streams [first, first + count) into `symbols`, T x C bytes, and leaves all other
 // bytes alone; count is cut to what exists. With null nothing is kept, but all is checked. Throws Error: Truncated or Corrupt, after which

@@ -1,9 +1,10 @@
-// Kernels for AVX-512 with VBMI, VBMI2, BITALG and GFNI (Ice Lake, Zen 4 and later).
+// Kernels for AVX-512 with VBMI, VBMI2, VNNI, BITALG and GFNI (Ice Lake, Zen 4 and later).
 // docs/entropy-coding.md derives them. The 32 states of a stream are two registers of 16-bit halves.
 #include <immintrin.h>
 
 #include <bit>
 
+#include "alias_avx512.h"
 #include "block_avx2.h"
 #include "dispatch.h"
 #include "divide_avx512.h"
@@ -13,6 +14,7 @@
 #include "mean_rows_avx512.h"
 #include "encode_rows.h"
 #include "lossless_rows.h"
+#include "quantize_avx512.h"
 #include "quantize_rows.h"
 #include "symbol_rows.h"
 #include "rans_simd.h"
@@ -155,53 +157,86 @@ struct Avx512 : Avx512States {
     }
 
     template <unsigned K>
-    static void encode_run_k(const InverseTable* tables, EncodeRun& run, size_t steps) {
-        const Active active = active_lanes(run.lanes);
-        Lanes x = load(run.state);
-        uint16_t* words = run.words;
-        __mmask32 missing = 0;
-        for (size_t step = steps; step-- > 0;) {
-            const InverseTable* table = tables + run.models[step];
-            const __m512i context = K == kContextBuckets ? widen(run.contexts + step * kLanes)
-                                                         : _mm512_setzero_si512();
-            const Symbols symbols = look_up<K>(widen(run.symbols + step * kLanes), context, table);
-            missing |= symbols.missing | _mm512_testn_epi16_mask(symbols.freq, symbols.freq);
+    [[gnu::always_inline]] static void encode_step(Lanes& x, Active active, uint16_t*& words,
+                                                   __mmask32& missing, const InverseTable* table,
+                                                   const uint8_t* row, const uint8_t* contexts) {
+        const __m512i context =
+            K == kContextBuckets ? widen(contexts) : _mm512_setzero_si512();
+        const Symbols symbols = look_up<K>(widen(row), context, table);
+        missing |= symbols.missing | _mm512_testn_epi16_mask(symbols.freq, symbols.freq);
 
-            // A state spills if x >= freq << 20. Compressed, the words are in ascending lane order;
-            // they go below those of the step behind.
-            const __mmask32 spills = _mm512_mask_cmpge_epu16_mask(
-                active, _mm512_srli_epi16(x.high, 4), symbols.freq);
-            const size_t count = count_bits(spills);
-            words -= count;
-            _mm512_mask_storeu_epi16(words, static_cast<__mmask32>((uint64_t{1} << count) - 1),
-                                     _mm512_maskz_compress_epi16(spills, x.low));
-            x.low = _mm512_mask_mov_epi16(x.low, spills, x.high);
-            x.high = _mm512_maskz_mov_epi16(static_cast<__mmask32>(~spills), x.high);
+        // A state spills if x >= freq << 20. Compressed, the words are in ascending lane order;
+        // they go below those of the step behind.
+        const __mmask32 spills = _mm512_mask_cmpge_epu16_mask(
+            active, _mm512_srli_epi16(x.high, 4), symbols.freq);
+        const size_t count = count_bits(spills);
+        words -= count;
+        _mm512_mask_storeu_epi16(words, static_cast<__mmask32>((uint64_t{1} << count) - 1),
+                                 _mm512_maskz_compress_epi16(spills, x.low));
+        x.low = _mm512_mask_mov_epi16(x.low, spills, x.high);
+        x.high = _mm512_maskz_mov_epi16(static_cast<__mmask32>(~spills), x.high);
 
-            const Divided divided = divide(
-                x.high, x.low,
-                {symbols.freq, reciprocals<K>(symbols.index, table),
-                 reciprocals<K>(_mm512_srli_epi32(symbols.index, 16), table)});
-            const __m512i slot = find_slots<K>(_mm512_add_epi16(symbols.first, divided.rank),
-                                               context, table);
-            // x = quotient << 12 | slot
-            x.high = _mm512_shldi_epi16(divided.high, divided.low, kProbBits);
-            x.low = _mm512_or_si512(_mm512_slli_epi16(divided.low, kProbBits), slot);
-        }
-        // Idle lanes went through the motions; their states must stay.
-        uint32_t state[kLanes];
-        store(x, state);
-        std::memcpy(run.state, state, sizeof state[0] * run.lanes);
-        run.words = words;
-        run.uncodable |= (missing & active) != 0;
+        const Divided divided =
+            divide(x.high, x.low,
+                   {symbols.freq, reciprocals<K>(symbols.index, table),
+                    reciprocals<K>(_mm512_srli_epi32(symbols.index, 16), table)});
+        const __m512i slot =
+            find_slots<K>(_mm512_add_epi16(symbols.first, divided.rank), context, table);
+        // x = quotient << 12 | slot
+        x.high = _mm512_shldi_epi16(divided.high, divided.low, kProbBits);
+        x.low = _mm512_or_si512(_mm512_slli_epi16(divided.low, kProbBits), slot);
     }
 
-    static void encode_run(const InverseTable* tables, unsigned buckets, EncodeRun& run,
-                           size_t steps) {
+    template <unsigned K, size_t N>
+    static void encode_side_by_side(const InverseTable* tables, EncodeRun* const* runs,
+                                    size_t steps) {
+        Lanes x[N];
+        Active active[N];
+        __mmask32 missing[N] = {};
+        // Copies, because the compiler must assume that storing words changes the runs.
+        uint16_t* words[N];
+        const uint16_t* models[N];
+        const uint8_t *symbols[N], *contexts[N];
+        for (size_t i = 0; i < N; ++i) {
+            x[i] = load(runs[i]->state);
+            active[i] = active_lanes(runs[i]->lanes);
+            words[i] = runs[i]->words;
+            models[i] = runs[i]->models;
+            symbols[i] = runs[i]->symbols;
+            contexts[i] = runs[i]->contexts;
+        }
+        for (size_t step = steps; step-- > 0;) {
+#pragma GCC unroll 4
+            for (size_t i = 0; i < N; ++i)
+                encode_step<K>(x[i], active[i], words[i], missing[i], tables + models[i][step],
+                               symbols[i] + step * kLanes,
+                               K == kContextBuckets ? contexts[i] + step * kLanes : nullptr);
+        }
+        for (size_t i = 0; i < N; ++i) {
+            // Idle lanes went through the motions; their states must stay.
+            uint32_t state[kLanes];
+            store(x[i], state);
+            std::memcpy(runs[i]->state, state, sizeof state[0] * runs[i]->lanes);
+            runs[i]->words = words[i];
+            runs[i]->uncodable |= (missing[i] & active[i]) != 0;
+        }
+    }
+
+    // As many at a time as the registers hold, then half as many, and so on.
+    template <unsigned K, size_t N = kSideBySide>
+    static void encode_groups(const InverseTable* tables, EncodeRun* const* runs, size_t count,
+                              size_t steps) {
+        for (; count >= N; count -= N, runs += N) encode_side_by_side<K, N>(tables, runs, steps);
+        if constexpr (N > 1) encode_groups<K, N / 2>(tables, runs, count, steps);
+    }
+
+    static void encode_runs(const InverseTable* tables, unsigned buckets, EncodeRun* const* runs,
+                            size_t count, size_t steps) {
         switch (buckets) {
-            case kContextBuckets: return encode_run_k<kContextBuckets>(tables, run, steps);
-            case 16: return encode_run_k<16>(tables, run, steps);
-            default: return encode_run_k<32>(tables, run, steps);
+            case kContextBuckets:
+                return encode_groups<kContextBuckets>(tables, runs, count, steps);
+            case 16: return encode_groups<16>(tables, runs, count, steps);
+            default: return encode_groups<32>(tables, runs, count, steps);
         }
     }
 
@@ -230,7 +265,9 @@ constinit const Kernels kAvx512Kernels = {
     .isa = "avx512",
     .is_available = has_avx512,
     .decode_runs = decode_runs<Avx512>,
-    .encode_run = Avx512::encode_run,
+    .encode_runs = Avx512::encode_runs,
+    .build_alias = build_alias_avx512,
+    .build_inverse = build_inverse_avx512,
     .scatter = scatter_avx2,
     .gather = gather_avx2,
     .decode_coarse = decode_coarse_avx512,
@@ -250,7 +287,7 @@ constinit const Kernels kAvx512Kernels = {
                    finish_row<KVType::Float32>},
     .encode_rows = with_avx512(encode_rows()),
     .angle_lanes = kAngleLanesAvx512,
-    .per_type = {row_kernels<KVType::Float16>(), row_kernels<KVType::BFloat16>(),
+    .per_type = {row_kernels_avx512<KVType::Float16>(), row_kernels_avx512<KVType::BFloat16>(),
                  row_kernels<KVType::Float32>()},
     .symbol_rows = symbol_rows(),
     .lossless_rows = {lossless_rows<KVType::Float16>(), lossless_rows<KVType::BFloat16>(),

@@ -1,8 +1,10 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <memory>
 #include <string>
 
+#include "aligned.h"
 #include "bit_planes.h"
 #include "block.h"
 #include "dispatch.h"
@@ -13,23 +15,49 @@
 namespace cachegen {
 namespace {
 
-// Encodes one stream after the other, each from its last step to its first.
-class SegmentEncoder {
+// A stream at work, from its last step to its first.
+struct Stream {
+    StreamLayout layout;
+    EncodeRun run;
+    uint64_t end;  // steps from here on are coded, or are in the block
+    size_t left;   // steps of the block that are not coded yet: its first ones
+    uint16_t* words_end;
+    std::vector<uint32_t> raw_words;
+    size_t raw_next;               // raw words from here on are filled
+    std::vector<uint8_t> escapes;  // last one first
+    Block block, contexts;
+};
+
+}  // namespace
+
+struct SegmentEncoder::Memory {
+    AlignedVector<uint16_t> words;  // of the streams at work, each filled from its end
+    std::array<Stream, kGroupStreams> streams;
+    std::vector<uint8_t> body;
+};
+
+// Encodes kGroupStreams streams side by side, then the next ones.
+class SegmentEncoder::Work {
 public:
-    SegmentEncoder(const uint8_t* symbols, const Coding& coding, uint64_t stream_steps)
+    Work(Memory& memory, const uint8_t* symbols, const Coding& coding, uint64_t stream_steps)
         : symbols_(symbols),
           coding_(coding),
           stream_steps_(stream_steps),
           raw_(coding.shape, coding.shifts),
-          inverse_(coding.tables.inverse(coding.buckets())),
-          words_(std::min(stream_steps, coding.shape.steps()) * kLanes) {}
+          inverse_(coding.inverse ? coding.inverse : coding.tables.inverse(coding.buckets())),
+          words_(memory.words),
+          streams_(memory.streams),
+          body_(memory.body) {
+        const size_t room = std::min(kGroupStreams * stream_steps, coding.shape.steps()) * kLanes;
+        if (words_.size() < room) words_.resize(room);
+    }
 
-    std::vector<uint8_t> encode() {
+    void encode() {
         const uint64_t count = coding_.shape.streams(stream_steps_);
-        body_.resize(4 + 8 * count);
+        body_.assign(4 + 8 * count, 0);
         put_u32(0, stream_steps_);
-        for (uint64_t k = 0; k < count; ++k) encode_stream(k);
-        return std::move(body_);
+        for (uint64_t first = 0; first < count; first += kGroupStreams)
+            encode_streams(first, std::min<uint64_t>(kGroupStreams, count - first));
     }
 
 private:
@@ -43,61 +71,99 @@ private:
         body_.insert(body_.end(), bytes, bytes + size);
     }
 
-    void encode_stream(uint64_t index) {
-        const StreamLayout stream = stream_shape(coding_.shape, raw_, stream_steps_, index);
-        EncodeRun run{};
-        std::fill(std::begin(run.state), std::end(run.state), kStateMin);
-        uint16_t* const words_end = words_.data() + words_.size();
-        run.words = words_end;
-        escapes_.clear();
-        raw_words_.assign(stream.raw / 4, 0);
-        raw_next_ = raw_words_.size();
-
-        // Blocks end where their place ends, so that one block has one number of active lanes.
-        for (uint64_t end = stream.end_step; end > stream.begin_step;) {
-            const uint64_t place_begin = end - 1 - (end - 1) % coding_.shape.channels;
-            uint64_t begin = std::max(stream.begin_step, place_begin);
-            if (end - begin > kBlockSteps) begin = end - kBlockSteps;
-            encode_block(run, begin, end - begin);
-            end = begin;
+    void encode_streams(uint64_t first, size_t count) {
+        uint16_t* words = words_.data();
+        for (size_t i = 0; i < count; ++i) {
+            start_stream(streams_[i], first + i);
+            words += (streams_[i].end - streams_[i].layout.begin_step) * kLanes;
+            streams_[i].words_end = streams_[i].run.words = words;
         }
-
-        const size_t start = body_.size();
-        append(run.state, stream.states);
-        append(raw_words_.data(), stream.raw);
-        const auto word_count = static_cast<size_t>(words_end - run.words);
-        append(run.words, 2 * word_count);
-        std::reverse(escapes_.begin(), escapes_.end());
-        append(escapes_.data(), escapes_.size());
-        body_.resize(body_.size() + (-(body_.size() - start) & 3));
-        put_u32(4 + 8 * index, word_count);
-        put_u32(8 + 8 * index, escapes_.size());
+        while (true) {
+            EncodeRun* runs[kGroupStreams];
+            size_t active = 0, steps = kBlockSteps;
+            for (size_t i = 0; i < count; ++i) {
+                Stream& stream = streams_[i];
+                if (!stream.left && stream.end > stream.layout.begin_step) read_block(stream);
+                if (!stream.left) continue;
+                runs[active++] = &stream.run;
+                steps = std::min(steps, stream.left);
+            }
+            if (!active) break;
+            bool uncodable = false;
+            for (size_t i = 0; i < count; ++i) {
+                Stream& stream = streams_[i];
+                if (!stream.left) continue;
+                stream.left -= steps;
+                stream.run.models = coding_.models_at(stream.end + stream.left);
+                stream.run.symbols = &stream.block.bytes[stream.left * kLanes];
+                if (coding_.contexts)
+                    stream.run.contexts = &stream.contexts.bytes[stream.left * kLanes];
+            }
+            kernels().encode_runs(inverse_, coding_.buckets(), runs, active, steps);
+            for (size_t i = 0; i < active; ++i) uncodable |= runs[i]->uncodable;
+            if (uncodable) refuse_first();
+        }
+        for (size_t i = 0; i < count; ++i) finish_stream(streams_[i], first + i);
     }
 
-    void encode_block(EncodeRun& run, uint64_t begin, size_t steps) {
+    void start_stream(Stream& stream, uint64_t index) const {
+        stream.layout = stream_shape(coding_.shape, raw_, stream_steps_, index);
+        stream.run = {};
+        std::fill(std::begin(stream.run.state), std::end(stream.run.state), kStateMin);
+        stream.end = stream.layout.end_step;
+        stream.left = 0;
+        stream.escapes.clear();
+        stream.raw_words.assign(stream.layout.raw / 4, 0);
+        stream.raw_next = stream.raw_words.size();
+    }
+
+    void finish_stream(Stream& stream, uint64_t index) {
+        const size_t start = body_.size();
+        append(stream.run.state, stream.layout.states);
+        append(stream.raw_words.data(), stream.layout.raw);
+        const auto word_count = static_cast<size_t>(stream.words_end - stream.run.words);
+        append(stream.run.words, 2 * word_count);
+        std::reverse(stream.escapes.begin(), stream.escapes.end());
+        append(stream.escapes.data(), stream.escapes.size());
+        body_.resize(body_.size() + (-(body_.size() - start) & 3));
+        put_u32(4 + 8 * index, word_count);
+        put_u32(8 + 8 * index, stream.escapes.size());
+    }
+
+    // The steps before `end`. Blocks end where their place ends, so that one block has one number of
+    // active lanes.
+    void read_block(Stream& stream) {
+        const uint64_t place_begin = stream.end - 1 - (stream.end - 1) % coding_.shape.channels;
+        uint64_t begin = std::max(stream.layout.begin_step, place_begin);
+        if (stream.end - begin > kBlockSteps) begin = stream.end - kBlockSteps;
+        const size_t steps = stream.end - begin;
+        stream.end = begin;
+        stream.left = steps;
         const BlockRows rows(coding_.shape, begin);
-        run.lanes = rows.lanes;
-        run.models = coding_.models_at(begin);
-        run.symbols = block_.bytes;
+        stream.run.lanes = rows.lanes;
         const auto gather = [&](const uint8_t* matrix, Block& block) {
             kernels().gather(matrix + rows.begin, rows.stride, rows.lanes, steps, block.bytes);
         };
-        gather(symbols_, block_);
-        if (coding_.contexts) {
-            gather(coding_.contexts, contexts_);
-            run.contexts = contexts_.bytes;
-        }
+        gather(symbols_, stream.block);
+        if (coding_.contexts) gather(coding_.contexts, stream.contexts);
         bool sound = true;
         if (coding_.shifts.empty() && !coding_.tables.any_escape()) {
-            sound = largest_of({block_.bytes, steps * kLanes}) < kMaxAlphabet;
+            sound = coding_.dropped || largest_of({stream.block.bytes, steps * kLanes}) < kMaxAlphabet;
         } else {
             const uint64_t channel = begin % coding_.shape.channels;
+            const uint16_t* const models = coding_.models_at(begin);
             for (size_t step = steps; step-- > 0;)
-                sound &= split_step(shift_of(channel + step), run.models[step], run.lanes,
-                                    &block_.bytes[step * kLanes]);
+                sound &= split_step(stream, shift_of(channel + step), models[step],
+                                    &stream.block.bytes[step * kLanes]);
         }
-        if (sound) kernels().encode_run(inverse_, coding_.buckets(), run, steps);
-        if (!sound || run.uncodable) refuse_first();
+        if (!sound) refuse_first();
+        if (!coding_.rotations.empty()) {
+            uint8_t offsets[kBlockSteps];
+            const uint8_t* const of = &coding_.rotations[begin % coding_.shape.channels];
+            for (size_t i = 0; i < steps; ++i)
+                offsets[i] = static_cast<uint8_t>(kMaxAlphabet - of[i]);
+            kernels().symbol_rows.turn_block(offsets, coding_.dropped, steps, stream.block.bytes);
+        }
     }
 
     unsigned shift_of(uint64_t channel) const {
@@ -107,17 +173,17 @@ private:
     // Replaces the symbols of a step by coded values and sets raw bits and escape bytes apart, from
     // the end to the beginning as everything here. Returns false if one cannot be coded; whether
     // its model has a frequency for the value is left to the kernel.
-    bool split_step(unsigned shift, size_t model, unsigned lanes, uint8_t* symbols) {
+    bool split_step(Stream& stream, unsigned shift, size_t model, uint8_t* symbols) const {
         const unsigned escape = coding_.tables.escape(model);
         const unsigned largest = largest_of({symbols, kLanes}) >> shift;
         if (shift) {
-            raw_next_ -= shift;
-            split_low_bits(symbols, shift, &raw_words_[raw_next_]);
+            stream.raw_next -= shift;
+            split_low_bits(symbols, shift, &stream.raw_words[stream.raw_next]);
         }
         if (escape != kNoEscape && largest >= escape) {
-            for (unsigned lane = lanes; lane-- > 0;) {
+            for (unsigned lane = stream.run.lanes; lane-- > 0;) {
                 if (symbols[lane] < escape) continue;
-                escapes_.push_back(static_cast<uint8_t>(symbols[lane] - escape));
+                stream.escapes.push_back(static_cast<uint8_t>(symbols[lane] - escape));
                 symbols[lane] = static_cast<uint8_t>(escape);
             }
             return true;
@@ -153,15 +219,20 @@ private:
     uint64_t stream_steps_;
     RawCounter raw_;
     const InverseTable* inverse_;
-    std::vector<uint16_t> words_;  // of the stream at work, filled from the end
-    std::vector<uint32_t> raw_words_;
-    size_t raw_next_ = 0;           // raw words from here on are filled
-    std::vector<uint8_t> escapes_;  // last one first
-    Block block_, contexts_;
-    std::vector<uint8_t> body_;
+    AlignedVector<uint16_t>& words_;
+    std::array<Stream, kGroupStreams>& streams_;
+    std::vector<uint8_t>& body_;
 };
 
-}  // namespace
+SegmentEncoder::SegmentEncoder() : memory_(std::make_unique<Memory>()) {}
+SegmentEncoder::~SegmentEncoder() = default;
+
+std::span<const uint8_t> SegmentEncoder::encode(const uint8_t* symbols, const Coding& coding,
+                                                uint64_t stream_steps) {
+    if (coding.shape.steps() == 0) return {};
+    Work(*memory_, symbols, coding, stream_steps).encode();
+    return memory_->body;
+}
 
 std::vector<uint8_t> encode_segment(const uint8_t* symbols, const Coding& coding,
                                     uint64_t stream_steps) {
@@ -172,7 +243,9 @@ std::vector<uint8_t> encode_segment(const uint8_t* symbols, const Coding& coding
         if (largest_of({coding.contexts, size}) > 1)
             throw Error(ErrorKind::Config, "context", "2 or more", "0 or 1");
     }
-    return SegmentEncoder(symbols, coding, stream_steps).encode();
+    SegmentEncoder encoder;
+    const auto body = encoder.encode(symbols, coding, stream_steps);
+    return {body.begin(), body.end()};
 }
 
 }  // namespace cachegen

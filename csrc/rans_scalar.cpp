@@ -133,11 +133,14 @@ void encode_run_k(const InverseTable* tables, EncodeRun& run, size_t steps) {
 
 }  // namespace
 
-void encode_run_scalar(const InverseTable* tables, unsigned buckets, EncodeRun& run, size_t steps) {
-    switch (buckets) {
-        case kContextBuckets: return encode_run_k<kContextBuckets>(tables, run, steps);
-        case 16: return encode_run_k<16>(tables, run, steps);
-        default: return encode_run_k<32>(tables, run, steps);
+void encode_runs_scalar(const InverseTable* tables, unsigned buckets, EncodeRun* const* runs,
+                        size_t count, size_t steps) {
+    for (size_t i = 0; i < count; ++i) {
+        switch (buckets) {
+            case kContextBuckets: encode_run_k<kContextBuckets>(tables, *runs[i], steps); break;
+            case 16: encode_run_k<16>(tables, *runs[i], steps); break;
+            default: encode_run_k<32>(tables, *runs[i], steps);
+        }
     }
 }
 
@@ -145,7 +148,9 @@ constinit const Kernels kScalarKernels = {
     .isa = "scalar",
     .is_available = [] { return true; },
     .decode_runs = decode_runs,
-    .encode_run = encode_run_scalar,
+    .encode_runs = encode_runs_scalar,
+    .build_alias = nullptr,
+    .build_inverse = nullptr,
     .scatter = scatter,
     .gather = gather,
     .decode_coarse = nullptr,

@@ -176,7 +176,8 @@ struct Work {
             run.contexts = buckets == kContextBuckets ? contexts.at : nullptr;
             run.symbols = from.at;
             run.lanes = kLanes;
-            kernel.encode_run(tables, buckets, run, steps);
+            EncodeRun* const only = &run;
+            kernel.encode_runs(tables, buckets, &only, 1, steps);
         });
     }
 
@@ -299,8 +300,9 @@ struct Work {
                 runs[pass].words = encoded.data() + pass * (kMore + 1) * kLanes;
                 runs[pass].models = models.data();
             }
-            rows.encode_steps({code, out[0].at, steps, kLanes, kRefinements, 6, tables.coarse(),
-                               tables.refine(), runs});
+            const StepsJob job{code, out[0].at, steps, kLanes, kRefinements, 6, tables.coarse(),
+                               tables.refine(), runs};
+            rows.encode_steps(&job, 1);
         });
     }
 
@@ -327,9 +329,10 @@ struct Work {
         constexpr size_t kClasses = 112, kValues = 32;
         const std::vector<int16_t> costs(kClasses * kValues, 1500);
         const std::vector<uint16_t> some(kValues, 2);
-        std::vector<uint32_t> bits(kClasses);
-        row("class_bits", kValues, 1, [&](size_t classes) {
-            rows.class_bits(some.data(), costs.data(), classes, bits.data());
+        const uint16_t* const rotated[kRotations] = {some.data(), some.data(), some.data()};
+        std::vector<uint32_t> bits(kRotations * kClasses);
+        row("best_class", kRotations * kValues, kClasses / kMore, [&](size_t classes) {
+            rows.best_class(rotated, costs.data(), classes, bits.data());
         });
     }
 

@@ -121,8 +121,9 @@ std::vector<std::vector<uint8_t>> encode(const Input& in, const EncodeTables& ta
     std::vector<EncodeGroup> groups{in.group(), in.group()};
     survey_groups(groups, threads);
     if (groups[0].refused) return {};
-    encode_groups(groups, {in.passes, tables, in.costs.data.get(), in.centroids.data.get()},
-                  in.step, threads);
+    const auto stores = encode_groups(
+        groups, {in.passes, tables, in.costs.data.get(), in.centroids.data.get()},
+        in.step, threads);
     std::vector<std::vector<uint8_t>> found;
     for (const EncodeGroup& group : groups) {
         found.push_back(group.classes);
@@ -138,7 +139,7 @@ std::vector<std::vector<uint8_t>> encode(const Input& in, const EncodeTables& ta
         add(&group.errors, sizeof group.errors);
         for (const EncodedPass& pass : group.passes) {
             found.push_back({static_cast<uint8_t>(pass.kind)});
-            found.push_back(pass.body);
+            add(pass.body.data(), pass.body.size());
         }
     }
     return found;
@@ -182,8 +183,9 @@ void fuzz_encode(Random& random, uint64_t round) {
     if (found.empty()) return;
     std::vector<EncodeGroup> groups{in.group()};
     survey_groups(groups, 1);
-    encode_groups(groups, {in.passes, tables, in.costs.data.get(), in.centroids.data.get()},
-                  in.step, 1);
+    const auto stores = encode_groups(
+        groups, {in.passes, tables, in.costs.data.get(), in.centroids.data.get()},
+        in.step, 1);
     check(in.shape.tokens == 0 || decodes(in, groups[0], ladder_tables()),
           "what was encoded does not decode", round);
 }

@@ -7,6 +7,7 @@
 #include "error.h"
 #include "fuzz.h"
 #include "plane_decode.h"
+#include "plane_encode.h"
 #include "quantize.h"
 #include "rans.h"
 
@@ -124,6 +125,83 @@ void damage(Random& random, Pass& pass) {
     }
 }
 
+// What a plane is coded to decodes to what the quantiser makes of it.
+void fuzz_encoding(Random& random, uint64_t round) {
+    static const Tables frozen = [] {
+        std::vector<uint16_t> freqs(3 * kMaxAlphabet, uint16_t{1});
+        for (size_t n = 0; n < 3; ++n)
+            freqs[n * kMaxAlphabet + 8 * n] = static_cast<uint16_t>(kTotal - (kMaxAlphabet - 1));
+        return Tables(freqs, {}, 3, kMaxAlphabet);
+    }();
+    Exact<int16_t> costs(3 * kMaxAlphabet);
+    for (size_t i = 0; i < costs.size; ++i) costs.data[i] = static_cast<int16_t>(random.below(12289));
+    const std::vector<double> bits(kTotal + 1, 1.0);
+    const auto tokens = static_cast<int64_t>(random.below(random.one_in(3) ? 300 : 40));
+    const auto heads = static_cast<int64_t>(1 + random.below(3));
+    const auto dim = static_cast<int64_t>(1 + random.below(random.one_in(4) ? 150 : 20));
+    const auto type = static_cast<KVType>(random.below(kKVTypes));
+    const auto element = static_cast<int64_t>(type == KVType::Float32 ? 4 : 2);
+    const auto size = static_cast<size_t>(tokens * heads * dim);
+    Exact<uint8_t> values(size * static_cast<size_t>(element));
+    for (uint8_t& byte : std::span(values.data.get(), values.size))
+        byte = static_cast<uint8_t>(random.bits() & (random.one_in(2000) ? 0xff : 0xbf));
+    const bool is_frozen = random.one_in(2);
+    const unsigned low_bits = is_frozen && random.one_in(2) ? 3 : 0;
+    const bool per_head = random.one_in(2);
+    const auto levels = static_cast<unsigned>(1 + random.below(127));
+    const auto scale_size = static_cast<size_t>(tokens * (per_head ? heads : 1) * element);
+    Exact<uint8_t> scales(scale_size), again(scale_size), symbols(size);
+    const Plane<const std::byte> plane{reinterpret_cast<const std::byte*>(values.data.get()), type,
+                                       tokens, heads, dim, heads * dim * element, dim * element};
+    PlaneEncode work{{{plane, levels, reinterpret_cast<std::byte*>(scales.data.get())}}, per_head,
+                     low_bits, is_frozen ? &frozen : nullptr, costs.view(), bits, 1};
+    try {
+        const EncodedPlanes found = encode_planes(work);
+        quantize(plane, levels, per_head, symbols.data.get(),
+                 reinterpret_cast<std::byte*>(again.data.get()));
+        check(scales == again, "scales of an encoded plane are others", round);
+        MatrixSource source{};
+        source.rows = static_cast<uint64_t>(tokens);
+        source.kind = found.planes[0].kind;
+        source.bits = 5;
+        source.body = found.planes[0].body;
+        const std::span<const uint8_t> tables = found.planes[0].tables;
+        const auto channels = static_cast<size_t>(heads * dim);
+        source.low_bits = low_bits;
+        if (!low_bits)
+            while (2 * levels >> source.shift >= kMaxAlphabet) ++source.shift;
+        if (source.kind == MatrixKind::Rans && is_frozen) {
+            source.classes = tables.first(channels);
+            source.rotations = tables.subspan(channels);
+        } else if (source.kind == MatrixKind::Rans) {
+            source.freqs = tables;
+            source.alphabet = (2 * levels >> source.shift) + 1;
+        }
+        source.low = found.planes[0].low;
+        source.levels = levels;
+        source.scales = scales.view();
+        source.per_head = per_head;
+        Exact<std::byte> out(values.size), wanted(values.size);
+        Exact<int64_t> offsets(static_cast<size_t>(tokens));
+        for (int64_t t = 0; t < tokens; ++t) offsets.data[t] = t * heads * dim * element;
+        const auto to = [&](Exact<std::byte>& bytes) {
+            return Plane<std::byte>{bytes.data.get(), type, tokens, heads, dim,
+                                    heads * dim * element, dim * element};
+        };
+        dequantize(symbols.data.get(), reinterpret_cast<const std::byte*>(scales.data.get()),
+                   per_head, levels, to(wanted));
+        PlaneDecode decode{type, type, frozen, 1, {}};
+        decode.planes.push_back({static_cast<uint64_t>(tokens), 0, {source},
+                                 {out.data.get(), offsets.data.get(), dim * element,
+                                  static_cast<uint32_t>(heads), static_cast<uint32_t>(dim), -1, 0,
+                                  false}});
+        decode_planes(decode);
+        check(out == wanted, "an encoded plane decodes to something else", round);
+    } catch (const Error& error) {
+        check(error.kind == ErrorKind::NonFinite, "a plane was not encoded", round);
+    }
+}
+
 }  // namespace
 
 void fuzz_planes(Random& random, uint64_t round) {
@@ -155,6 +233,7 @@ void fuzz_planes(Random& random, uint64_t round) {
         work.threads = 1;
         decode_planes(work);
     };
+    fuzz_encoding(random, round);
     for (int i = 0; i < 12; ++i) {
         try {
             run();

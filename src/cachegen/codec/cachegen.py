@@ -30,15 +30,17 @@ from cachegen.codec.entropy import (
     Symbols,
     TableMode,
     alphabet_size,
+    bits_saved,
     digit_shift,
     encode_matrix,
+    frozen_tables,
     histogram,
     normalize_counts,
     parametric_tables,
 )
 from cachegen.codec.grading import DEFAULT_LEVEL, MAX_BINS, MIN_BINS, CacheGenConfig
 from cachegen.codec.header import Header, SegmentBody
-from cachegen.codec.plane_source import matrix_source
+from cachegen.codec.plane_source import SEGMENT_KINDS, matrix_source
 from cachegen.codec.reader import ObjectReader
 from cachegen.codec.target import Target
 from cachegen.errors import ConfigError, CorruptError, GeometryError, ProfileError
@@ -128,6 +130,9 @@ class CacheGenCodec(Codec):
             raise ProfileError("profile", got=None, expected="a profile for tables='profile'")
         passes: list[list[SegmentBody]] = [[] for _ in range(1 + (self.delta == "anchor"))]
         planes = planes_of(chunk)
+        if self.delta == "none" and mode is not TableMode.PROFILE:
+            passes[0] = self._encode_planes(planes, bins, mode)
+            return self._object(chunk, passes, mode, bins, key)
 
         def encode_plane(group: int) -> list[list[SegmentBody]]:
             matrices = self._quantise_plane(planes[group], group, bins)
@@ -139,6 +144,16 @@ class CacheGenCodec(Codec):
         for segments in each_plane(encode_plane, len(planes)):
             for index, of_pass in enumerate(segments):
                 passes[index] += of_pass
+        return self._object(chunk, passes, mode, bins, key)
+
+    def _object(
+        self,
+        chunk: KVChunk,
+        passes: list[list[SegmentBody]],
+        mode: TableMode,
+        bins: tuple[int, ...],
+        key: ChunkKey | None,
+    ) -> bytes:
         return write_object(
             chunk,
             codec_id=self.codec_id,
@@ -148,6 +163,24 @@ class CacheGenCodec(Codec):
             profile=self.profile.digest if mode is TableMode.PROFILE and self.profile else None,
             key=key,
         )
+
+    @staticmethod
+    def _encode_planes(
+        planes: list[Array], bins: tuple[int, ...], mode: TableMode
+    ) -> list[SegmentBody]:
+        """Return the segments of all planes as ``_encode_matrix`` makes them, one by one."""
+        levels = [count // 2 - 1 for count in bins]
+        tables = frozen_tables() if mode is TableMode.PARAMETRIC else bits_saved()
+        found = native.encode_planes(planes, levels, per_head=False, tables=tables)
+        segments: list[SegmentBody] = []
+        for group, (coded, plane) in enumerate(zip(found, planes, strict=True)):
+            error = quantization_error(coded.scales, levels[group], _flat_width(plane))
+            side = coded.scales.tobytes() + coded.tables
+            segments += [
+                SegmentBody(group, 0, SIDE, side, error),
+                SegmentBody(group, 0, SEGMENT_KINDS[coded.kind], coded.body.data, error),
+            ]
+        return segments
 
     def _encode_matrix(
         self, group: int, index: int, matrix: _Matrix, mode: TableMode
@@ -258,8 +291,13 @@ def delta_levels(bins: int, layer: int, layers: int) -> int:
 
 def _quantise(plane: Array, levels: int) -> _Matrix:
     symbols, scales = native.quantize(plane, levels, per_head=False)
-    width = plane.shape[1] * plane.shape[2]
-    return _Matrix(symbols, scales, levels, quantization_error(scales, levels, width))
+    error = quantization_error(scales, levels, _flat_width(plane))
+    return _Matrix(symbols, scales, levels, error)
+
+
+def _flat_width(plane: Array) -> int:
+    """Return the number of channels of a plane (T, H, D)."""
+    return int(plane.shape[1] * plane.shape[2])
 
 
 def _quantise_delta(plane: Array, levels: int) -> list[_Matrix]:

@@ -90,7 +90,7 @@ def normalize_counts(counts: NDArray[Any]) -> Freqs:
 
 @functools.cache
 def bits_saved() -> NDArray[np.float64]:
-    """Return log2((f + 1) / f) for frequencies f up to 4096; that of 0 is not looked at."""
+    """Return what a channel saves per symbol if its frequency f is raised by one, (4097,)."""
     freqs = np.arange(TOTAL + 1, dtype=np.float64)
     freqs[0] = 1
     return np.log2((freqs + 1) / freqs)
@@ -140,6 +140,12 @@ class ParametricModels:
         if both[1].size and both[1].max() >= ALPHABET:
             raise CorruptError("table rotation", got=int(both[1].max()), expected="0 to 31")
         return cls(both[0], both[1])
+
+
+@functools.cache
+def frozen_tables() -> native.FrozenTables:
+    """Return the frozen table set 1 for ``native.encode_planes``."""
+    return native.FrozenTables(parametric_tables()[0], _cost_pairs())
 
 
 def fit_parametric(symbols: Symbols, shift: int) -> ParametricModels:

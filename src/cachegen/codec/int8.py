@@ -22,21 +22,18 @@ from cachegen.codec.base import (
 from cachegen.codec.container import BYTES, PACKED, RANS, SIDE, write_object
 from cachegen.codec.entropy import (
     ParametricModels,
-    Symbols,
     check_kind,
-    fit_parametric,
-    pack,
+    frozen_tables,
     parametric_tables,
-    stream_steps,
 )
 from cachegen.codec.header import SegmentBody
-from cachegen.codec.plane_source import KINDS
+from cachegen.codec.plane_source import KINDS, SEGMENT_KINDS
 from cachegen.codec.reader import ObjectReader
 from cachegen.codec.target import Target
 from cachegen.errors import CorruptError
 from cachegen.native.planes import NOTHING
 from cachegen.profile import Profile
-from cachegen.types import Array, ChunkKey
+from cachegen.types import ChunkKey
 
 LEVELS = 127
 LOW_BITS = 3
@@ -64,10 +61,7 @@ class Int8Codec(Codec):
         return cls(entropy=bool(config.get("entropy", True)))
 
     def encode(self, chunk: KVChunk, *, key: ChunkKey | None = None) -> bytes:
-        planes = planes_of(chunk)
-        pairs = each_plane(lambda group: self._encode_plane(group, planes[group]), len(planes))
-        coarse = [segment for pair in pairs for segment in pair[0]]
-        fine = [segment for pair in pairs for segment in pair[1]]
+        coarse, fine = self._coded(chunk) if self.entropy else (self._plain(chunk), [])
         return write_object(
             chunk,
             codec_id=self.codec_id,
@@ -77,25 +71,46 @@ class Int8Codec(Codec):
             key=key,
         )
 
-    def _encode_plane(
-        self, group: int, plane: Array
-    ) -> tuple[list[SegmentBody], list[SegmentBody]]:
+    @staticmethod
+    def _coded(chunk: KVChunk) -> tuple[list[SegmentBody], list[SegmentBody]]:
         """Return the segments of pass 0 and of pass 1."""
-        symbols, scales = native.quantize(plane, LEVELS, per_head=True)
-        error = quantization_error(scales, LEVELS, plane.shape[2])
-        side = scales.tobytes()
-        if not self.entropy:
+        planes = planes_of(chunk)
+        coarse: list[SegmentBody] = []
+        fine: list[SegmentBody] = []
+        found = native.encode_planes(
+            planes,
+            [LEVELS] * len(planes),
+            per_head=True,
+            tables=frozen_tables(),
+            low_bits=LOW_BITS,
+        )
+        for group, (coded, plane) in enumerate(zip(found, planes, strict=True)):
+            error = quantization_error(coded.scales, LEVELS, plane.shape[2])
+            coarse_error = error * 4**LOW_BITS
+            kind = SEGMENT_KINDS[coded.kind]
+            side = coded.scales.tobytes() + coded.tables
+            bits = HIGH_BITS if kind == PACKED else 0
+            coarse += [
+                SegmentBody(group, 0, SIDE, side, coarse_error),
+                SegmentBody(group, 0, kind, coded.body.data, coarse_error, bits),
+            ]
+            fine.append(SegmentBody(group, 1, PACKED, coded.low.data, error, LOW_BITS))
+        return coarse, fine
+
+    @staticmethod
+    def _plain(chunk: KVChunk) -> list[SegmentBody]:
+        planes = planes_of(chunk)
+
+        def encode_plane(group: int) -> list[SegmentBody]:
+            symbols, scales = native.quantize(planes[group], LEVELS, per_head=True)
+            error = quantization_error(scales, LEVELS, planes[group].shape[2])
             return [
-                SegmentBody(group, 0, SIDE, side, error),
+                SegmentBody(group, 0, SIDE, scales.tobytes(), error),
                 SegmentBody(group, 0, BYTES, symbols.tobytes(), error),
-            ], []
-        kind, bits, body, tables, low = _split_digits(symbols)
-        coarse_error = error * 4**LOW_BITS
-        coarse = [
-            SegmentBody(group, 0, SIDE, side + tables, coarse_error),
-            SegmentBody(group, 0, kind, body, coarse_error, bits),
-        ]
-        return coarse, [SegmentBody(group, 1, PACKED, low, error, LOW_BITS)]
+            ]
+
+        pairs = each_plane(encode_plane, len(planes))
+        return [segment for pair in pairs for segment in pair]
 
     @classmethod
     def decode_into(cls, reader: ObjectReader, target: Target, *, profile: Profile | None) -> None:
@@ -162,23 +177,3 @@ def _source(
 def pack_params(*, entropy: bool) -> bytes:
     """Return the parameters of an object."""
     return _PARAMS.pack(entropy)
-
-
-def _split_digits(symbols: Symbols) -> tuple[int, int, bytes, bytes, bytes]:
-    """Return kind, bits and body of the high digits, their tables, and the low digits, packed."""
-    tokens, channels = symbols.shape
-    models = fit_parametric(symbols, LOW_BITS)
-    high, low = native.split_digits(symbols, models.rotations, LOW_BITS)
-    body = native.encode_segment(
-        high,
-        models.classes.astype(np.uint16),
-        parametric_tables()[0],
-        stream_steps=stream_steps(channels),
-    )
-    side = models.to_bytes()
-    packed = HIGH_BITS * ((tokens * channels + 7) // 8)
-    if len(body) + len(side) >= packed:
-        plain = np.zeros(channels, np.uint8)
-        high, low = native.split_digits(symbols, plain, LOW_BITS)
-        return PACKED, HIGH_BITS, pack(high, HIGH_BITS), b"", low
-    return RANS, 0, body, side, low

@@ -25,6 +25,7 @@ from cachegen.native import fused
 from cachegen.native.planes import NOTHING
 
 KINDS = {RANS: fused.RANS, BYTES: fused.BYTES, PACKED: fused.PACKED}
+SEGMENT_KINDS = {number: kind for kind, number in KINDS.items()}
 
 
 def matrix_source(

@@ -33,7 +33,8 @@ from cachegen.native.fused_encode import (
 )
 from cachegen.native.lossless import LosslessSource, decode_lossless, encode_lossless
 from cachegen.native.medians import column_medians
-from cachegen.native.models import count_symbols, fit_classes, normalize_counts, split_digits
+from cachegen.native.models import count_symbols, fit_classes, normalize_counts
+from cachegen.native.plane_encode import EncodedPlane, FrozenTables, encode_planes
 from cachegen.native.planes import MatrixSource, QuantizedPlane, decode_planes
 from cachegen.native.sparse import parse_sparse, write_sparse
 from cachegen.native.threads import threads, use_one_thread
@@ -195,6 +196,8 @@ __all__ = [
     "EncodeSource",
     "EncodeTables",
     "EncodedGroup",
+    "EncodedPlane",
+    "FrozenTables",
     "GroupSource",
     "LosslessSource",
     "MatrixSource",
@@ -216,6 +219,7 @@ __all__ = [
     "decode_transformed",
     "dequantize",
     "encode_lossless",
+    "encode_planes",
     "encode_segment",
     "finish_plane",
     "fit_classes",
@@ -225,7 +229,6 @@ __all__ = [
     "quantize",
     "segment_layout",
     "select_isa",
-    "split_digits",
     "stream_count",
     "threads",
     "use_one_thread",

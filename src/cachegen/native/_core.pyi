@@ -12,6 +12,20 @@ class Tables:
 class EncodeTables:
     def __init__(self, coarse: Tables, refine: Tables) -> None: ...
 
+class PlaneEncoder:
+    def __init__(
+        self,
+        type: str,
+        planes: Sequence[tuple[Any, ...]],
+        per_head: bool,
+        low_bits: int,
+        shared: Tables | None,
+        costs: NDArray[Any] | None,
+        bits_saved: NDArray[Any] | None,
+        threads: int,
+    ) -> None: ...
+    def encoded(self, index: int) -> tuple[int, bytes, NDArray[Any], NDArray[Any]]: ...
+
 class PackedBasis:
     def __init__(self, values: NDArray[Any], mean: NDArray[Any], dims: NDArray[Any]) -> None: ...
     @property
@@ -132,13 +146,6 @@ def parse_sparse(
     body: NDArray[Any], tokens: int, channels: int, largest: int
 ) -> NDArray[np.uint32]: ...
 def write_sparse(pairs: NDArray[Any], tokens: int, channels: int) -> bytes: ...
-def split_digits(
-    symbols: NDArray[Any],
-    rotations: NDArray[Any],
-    bits: int,
-    high: NDArray[Any],
-    planes: NDArray[Any],
-) -> None: ...
 def column_medians(values: NDArray[Any], out: NDArray[Any]) -> None: ...
 def isa() -> str: ...
 def select_isa(isa: str) -> None: ...

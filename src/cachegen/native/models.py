@@ -45,15 +45,3 @@ def fit_classes(counts: Counts, costs: NDArray[np.int16]) -> tuple[Symbols, Symb
     chosen: NDArray[Any] = np.zeros((2, len(counts)), np.uint8)
     _core.fit_classes(counts, costs, chosen[0], chosen[1])
     return chosen[0], chosen[1]
-
-
-def split_digits(symbols: Symbols, rotations: Symbols, bits: int) -> tuple[Symbols, bytes]:
-    """Rotate the symbols of every channel and part them into high digits and packed low ones.
-
-    symbols: (T, C) uint8. rotations: (C,), of the digit above ``bits`` low bits.
-    Returns: high digits, (T, C), and the low ones as bit-planes (FORMAT.md, "Packed").
-    """
-    high = np.empty(symbols.shape, np.uint8)
-    planes = np.empty(bits * ((symbols.size + 7) // 8), np.uint8)
-    _core.split_digits(np.ascontiguousarray(symbols), rotations, bits, high, planes)
-    return high, planes.tobytes()
