@@ -17,7 +17,6 @@ namespace {
 // The restart spacing of these codecs: whole places, about so many steps.
 constexpr uint64_t kStreamSteps = 1024;
 constexpr unsigned kHighBits = 5;
-constexpr size_t kAtOnce = 64;  // symbols that are packed at once
 
 // Encodes one plane after the other in the same memory.
 class PlaneEncoder {
@@ -28,9 +27,7 @@ public:
         shape_ = {static_cast<uint64_t>(plane.values.tokens),
                   static_cast<uint64_t>(plane.values.heads * plane.values.dim)};
         size_ = shape_.tokens * shape_.channels;
-        symbols_.resize((size_ + kAtOnce - 1) / kAtOnce * kAtOnce);
-        std::fill(symbols_.begin() + static_cast<std::ptrdiff_t>(size_), symbols_.end(),
-                  uint8_t{0});  // packed bodies are filled with zeros
+        symbols_.resize(size_);
         quantize(plane.values, plane.levels, work_.per_head, symbols_.data(), plane.scales);
         shift_ = work_.low_bits;
         if (!work_.low_bits)
