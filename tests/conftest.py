@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 from numpy.typing import NDArray
 
+from cachegen import native
 from cachegen.chunk import KVChunk, LayerKV
 
 # A busy machine is no reason to fail: how long an example takes is not what tests are about.
@@ -22,6 +23,15 @@ settings.load_profile("cachegen")
 
 MakeKV = Callable[..., KVChunk]
 MakeSymbols = Callable[..., NDArray[np.uint8]]
+
+
+@pytest.fixture(params=native.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a test with the kernels of every instruction set that this machine has."""
+    before = native.isa()
+    native.select_isa(request.param)
+    yield request.param
+    native.select_isa(before)
 
 
 def synthetic_kv(

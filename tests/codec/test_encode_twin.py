@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from cachegen import native
 from cachegen.chunk import KVChunk, LayerKV
 from cachegen.codec import progressive
 from cachegen.codec.container import BYTES, PACKED, read_header
@@ -20,14 +18,6 @@ from cachegen.codec.registry import decode
 from cachegen.errors import NonFiniteError
 from cachegen.profile import Profile
 from cachegen.types import RopeSpec
-
-
-@pytest.fixture(params=native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    native.select_isa(request.param)
-    yield request.param
-    native.select_isa(before)
 
 
 def reference_bytes(codec: ProgressiveCodec, chunk: KVChunk) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -27,14 +26,6 @@ from cachegen.codec.registry import decode
 from cachegen.codec.target import Target
 from cachegen.errors import CacheGenError, ConfigError, CorruptError, DtypeError, GeometryError
 from cachegen.types import KVDtype, RopeSpec
-
-
-@pytest.fixture(params=native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    native.select_isa(request.param)
-    yield request.param
-    native.select_isa(before)
 
 
 def chunk_of(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
@@ -164,14 +163,6 @@ def test_parameters_are_refused(make_kv) -> None:
     assert read_header(data).params
     with pytest.raises(CorruptError, match="lossless parameters"):
         decode(data)
-
-
-@pytest.fixture(params=native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    native.select_isa(request.param)
-    yield request.param
-    native.select_isa(before)
 
 
 def chunk_like_kv(shape: tuple[int, int, int, int], dtype: type, *, seed: int = 0) -> KVChunk:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
@@ -36,14 +34,6 @@ CODECS: list[Codec] = [
     CacheGenCodec(level=1, delta="anchor", tables="parametric"),
 ]
 SHAPES = [(3, 256, 2, 80), (3, 70, 3, 20), (3, 33, 1, 130), (3, 9, 2, 1), (3, 1, 1, 7)]
-
-
-@pytest.fixture(params=native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    native.select_isa(request.param)
-    yield request.param
-    native.select_isa(before)
 
 
 def chunk_of(

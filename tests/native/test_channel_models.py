@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
@@ -11,14 +9,6 @@ from cachegen import native
 from cachegen.codec import entropy
 from cachegen.errors import GeometryError
 from cachegen.native import _core
-
-
-@pytest.fixture(params=native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    native.select_isa(request.param)
-    yield request.param
-    native.select_isa(before)
 
 
 def symbols_of(tokens: int, channels: int, levels: int) -> np.ndarray:

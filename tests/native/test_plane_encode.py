@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -16,14 +14,6 @@ from cachegen.types import Array
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
 SHAPES = [(0, 2, 4), (1, 1, 1), (33, 3, 20), (70, 2, 64), (257, 1, 33)]
-
-
-@pytest.fixture(params=native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    native.select_isa(request.param)
-    yield request.param
-    native.select_isa(before)
 
 
 def plane_of(shape: tuple[int, int, int], dtype: type, seed: int = 0) -> Array:
