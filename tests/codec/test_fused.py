@@ -251,6 +251,16 @@ def few_wide_values(layers: int, dim: int) -> KVChunk:
     return KVChunk.from_array(kv.astype(KVDtype.BFLOAT16.numpy), rope=rope)
 
 
+def assert_right(part: bytes, isa: str) -> None:
+    """Near the NumPy twin, and equal to the scalar kernels."""
+    read = decode(part, allow_partial=True)
+    assert_close(read, by_numpy(part))
+    native.select_isa("scalar")
+    plain = decode(part, allow_partial=True)
+    native.select_isa(isa)
+    np.testing.assert_array_equal(read.to_array(), plain.to_array())
+
+
 @pytest.mark.parametrize("dim", [64, 80])
 def test_a_sparse_first_pass_equals_the_numpy_twin(isa: str, dim: int) -> None:
     chunk = few_wide_values(3, dim)
@@ -259,12 +269,7 @@ def test_a_sparse_first_pass_equals_the_numpy_twin(isa: str, dim: int) -> None:
     assert {s.kind for s in coded} == {SPARSE}
     assert min(s.length for s in coded) > 5
     for part in prefixes(data):
-        read = decode(part, allow_partial=True)
-        assert_close(read, by_numpy(part))
-        native.select_isa("scalar")
-        plain = decode(part, allow_partial=True)
-        native.select_isa(isa)
-        np.testing.assert_array_equal(read.to_array(), plain.to_array())
+        assert_right(part, isa)
 
 
 @pytest.mark.parametrize(
@@ -294,13 +299,7 @@ def test_rows_of_means_equal_the_numpy_twin(
     header = read_header(data)
     coded = [s for s in header.segments if s.pass_index == 0 and s.kind != SIDE]
     assert {s.kind for s in coded} == {SPARSE}
-    part = data[: max(s.end for s in coded)]
-    read = decode(part, allow_partial=True)
-    assert_close(read, by_numpy(part))
-    native.select_isa("scalar")
-    plain = decode(part, allow_partial=True)
-    native.select_isa(isa)
-    np.testing.assert_array_equal(read.to_array(), plain.to_array())
+    assert_right(data[: max(s.end for s in coded)], isa)
 
 
 def test_a_damaged_sparse_pass_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
